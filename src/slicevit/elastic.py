@@ -1,0 +1,380 @@
+"""`ElasticModel`: one timm model that runs at every width of a grid.
+
+Training goes through `torch.func.functional_call` on a skeleton with views of the full parameters; inference binds
+the views to a stock module (`subnet`); extraction copies them (`to_timm`). The forward code is always timm's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import partial
+from typing import Any, get_args
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from slicevit import skeletons, subnet
+from slicevit.families import AttnScale, Heads, Layout, Scope, family_of
+from slicevit.skeletons import Dispatch, Skeleton
+from slicevit.widths import FULL, Isolation, Width, WidthGrid
+
+
+@dataclass(frozen=True)
+class SliceSettings:
+    """What a slice is, apart from its width. Each setting is ablated alone.
+
+    layout: which channels of a structured axis a narrow width takes (DESIGN.md): per_head, per_projection, flat.
+    isolation: which widths take trailing channels (paper section 3.1): smallest, b, c, off, mirror.
+    attn_scale: 1/sqrt of the narrow head width (timm's), or of the full one (the published code's).
+    norm_eps: the epsilon of every LayerNorm, or None for the model's own.
+    heads: fixed head count with narrower heads, or whole heads dropped (scaled).
+    scope: all axes scale with the width, or the hidden width of the MLPs alone (MatFormer).
+    """
+
+    layout: Layout = "per_head"
+    isolation: Isolation = "smallest"
+    attn_scale: AttnScale = "narrow"
+    norm_eps: float | None = None
+    heads: Heads = "fixed"
+    scope: Scope = "all"
+
+    def __post_init__(self) -> None:
+        choices = {"layout": Layout, "isolation": Isolation, "attn_scale": AttnScale, "heads": Heads, "scope": Scope}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}")
+
+
+class ElasticModel(nn.Module):
+    """A timm model and every narrower one in it.
+
+    It behaves as the timm model that it was given: same parameter names, state dict, attributes and methods, and
+    `forward`, `forward_features`, `forward_head` and `forward_intermediates` take a further `width`.
+
+    Args:
+        model: a timm model of a registered family.
+        grid: the legal widths, a `WidthGrid` or "smallest:largest:step".
+        model_args: the keyword arguments that `timm.create_model` (or, for a model built from its class, the class)
+            was given; they rebuild the model at other widths.
+        settings: the fields of `SliceSettings`.
+
+    Raises ValueError when the model cannot be sliced on this grid, with the reason and the nearest grid that works.
+    """
+
+    _full: nn.Module
+
+    def __init__(
+        self, model: nn.Module, grid: WidthGrid | str, model_args: dict[str, Any] | None = None, **settings: Any
+    ):
+        super().__init__()
+        self.__dict__.update(
+            _full=model, _parameters=model._parameters, _buffers=model._buffers, _modules=model._modules
+        )
+        self.grid = WidthGrid.parse(grid)
+        self.settings = SliceSettings(**settings)
+        self.model_args = dict(model_args or {})
+        self._family = family_of(model)
+        self._replayed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._reset_caches()
+        self.training = model.training
+        self._set_eps(model)
+        self._check_rebuild()
+        self._check_grid()
+
+    def _reset_caches(self) -> None:
+        self.__dict__.update(_skeletons={}, _subnets={}, _lock=threading.RLock())
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_skeletons", "_subnets", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_caches()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_full" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self._full, name)
+
+    # Widths
+
+    @property
+    def widths(self) -> tuple[Fraction, ...]:
+        """The legal widths, narrowest first."""
+        return tuple(self.grid)
+
+    def width(self, value: Width | None) -> Fraction:
+        """The legal width that `value` names; None is the full width. Raises ValueError for any other."""
+        return FULL if value is None else self.grid.width(value, embed_dim=getattr(self._full, "embed_dim", None))
+
+    # Running
+
+    def forward(self, images: Tensor, *args: Any, width: Width | None = None, **kwargs: Any) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) at `width` (default: full)."""
+        return self._run("forward", width, images, *args, **kwargs)
+
+    def forward_features(self, images: Tensor, *args: Any, width: Width | None = None, **kwargs: Any) -> Tensor:
+        """timm's unpooled features of images (B, C, H, W) at `width`; a ViT's are (B, N, width * embed_dim)."""
+        return self._run("forward_features", width, images, *args, **kwargs)
+
+    def forward_head(self, features: Tensor, *args: Any, width: Width | None = None, **kwargs: Any) -> Tensor:
+        """Logits (B, K) of the features that `forward_features` gave at the same `width`."""
+        return self._run("forward_head", width, features, *args, **kwargs)
+
+    def forward_intermediates(self, images: Tensor, *args: Any, width: Width | None = None, **kwargs: Any) -> Any:
+        """timm's intermediate feature maps of images (B, C, H, W) at `width`."""
+        return self._run("forward_intermediates", width, images, *args, **kwargs)
+
+    def _run(self, method: str, width: Width | None, *args: Any, **kwargs: Any) -> Any:
+        legal = self.width(width)
+        if legal == FULL:
+            call = self._full if method == "forward" else getattr(self._full, method)
+            return call(*args, **kwargs)
+        skeleton = self.skeleton(legal)
+        with skeleton.lock:
+            skeletons.match_modes(skeleton.module, self._full)
+            views = self._views(skeleton)
+            if getattr(self._full, "grad_checkpointing", False):
+                return _call_checkpointed(skeleton.module, views, method, args, kwargs)
+            named = {f"net.{name}": view for name, view in views.items()}
+            return torch.func.functional_call(Dispatch(skeleton.module), named, (method, *args), kwargs)
+
+    def _views(self, skeleton: Skeleton) -> dict[str, Tensor]:
+        saved = skeletons.persistent(self._full)
+        try:
+            return {name: cut(saved[name]) for name, cut in skeleton.plan.items()}
+        except (KeyError, ValueError) as error:
+            raise RuntimeError(
+                f"the model was changed since it became elastic ({error}): change its head or input size through "
+                "reset_classifier and set_input_size of the ElasticModel"
+            ) from None
+
+    # Narrow models
+
+    def skeleton(self, width: Width) -> Skeleton:
+        """The narrow stock module on `meta` at `width`, and the plan that fills it; built once."""
+        legal = self.width(width)
+        with self._lock:
+            if legal not in self._skeletons:
+                self._skeletons[legal] = self._build_skeleton(legal)
+            return self._skeletons[legal]
+
+    def subnet(self, width: Width) -> nn.Module:
+        """A stock timm module at `width` that shares this model's storage, for inference.
+
+        Its parameters take no gradient. Structured axes are copied while bound. It follows changes of the weights,
+        and refuses to answer after the head or input size changed or `release` was called. The same module is
+        returned for the same width.
+        """
+        legal = self.width(width)
+        with self._lock:
+            if legal not in self._subnets:
+                self._subnets[legal] = subnet.make_subnet(self, legal)
+            return self._subnets[legal].bind()
+
+    def release(self, width: Width | None = None) -> None:
+        """Give back the memory of the subnet at `width`, or of all; `subnet` binds again."""
+        with self._lock:
+            for legal in list(self._subnets) if width is None else [self.width(width)]:
+                if legal in self._subnets:
+                    self._subnets[legal].release()
+
+    def to_timm(self, width: Width) -> nn.Module:
+        """A stock timm module at `width` with a copy of its weights, trainable, in this model's train/eval mode."""
+        legal = self.width(width)
+        skeleton = self._build_skeleton(legal)
+        module, saved = skeleton.module, skeletons.persistent(self._full)
+        for prefix, owner in module.named_modules():
+            for store in (owner._parameters, owner._buffers):
+                for key in store:
+                    name = f"{prefix}.{key}" if prefix else key
+                    if name in skeleton.plan:
+                        copy = skeleton.plan[name](saved[name].detach()).clone(memory_format=torch.contiguous_format)
+                        store[key] = nn.Parameter(copy) if store is owner._parameters else copy
+        skeletons.match_modes(module, self._full)
+        return module
+
+    def _build_skeleton(self, width: Fraction) -> Skeleton:
+        arguments = skeletons.scaled_arguments(
+            self._family, self._full, self.model_args, width, self.settings.heads, self.settings.scope
+        )
+        module = skeletons.build_on_meta(partial(self._build, arguments))
+        end = self.grid.end(width, self.settings.isolation)
+        scale = "narrow" if width == FULL else self.settings.attn_scale
+        plan = skeletons.plan_for(self._family, self._full, module, width, end, self.settings.layout, scale)
+        skeletons.match_buffers(module, self._full)
+        return Skeleton(module, plan)
+
+    def _build(self, arguments: dict[str, Any]) -> nn.Module:
+        module = _constructor(self._full)(**arguments)
+        for method, args, kwargs in self._replayed:
+            getattr(module, method)(*args, **kwargs)
+        self._set_eps(module)
+        return module
+
+    def _set_eps(self, module: nn.Module) -> None:
+        if self.settings.norm_eps is not None:
+            for layer in module.modules():
+                if isinstance(layer, nn.LayerNorm):
+                    layer.eps = self.settings.norm_eps
+
+    # What a timm model does
+
+    def _replay(self, method: str, *args: Any, **kwargs: Any) -> None:
+        getattr(self._full, method)(*args, **kwargs)
+        self._replayed.append((method, args, kwargs))
+        self._set_eps(self._full)
+        with self._lock:
+            for bound in self._subnets.values():
+                bound.release()
+            self._skeletons.clear()
+            self._subnets.clear()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass, at every width."""
+        self._replay("set_grad_checkpointing", enable)
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """A new head for `num_classes`, at every width. Subnets made before refuse to answer."""
+        self._replay("reset_classifier", num_classes, *args, **kwargs)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's change of image or patch size, at every width. Subnets made before refuse to answer."""
+        self._replay("set_input_size", *args, **kwargs)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Whether a distilled model in train mode gives both heads' logits, at every width."""
+        self._replay("set_distilled_training", enable)
+
+    def train(self, mode: bool = True) -> ElasticModel:
+        """Train or eval mode of the model at every width."""
+        super().train(mode)
+        self._full.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticModel:
+        super()._apply(fn, recurse)
+        for skeleton in self._skeletons.values():
+            skeletons.match_buffers(skeleton.module, self._full)
+        return self
+
+    # Checks at construction
+
+    def _check_rebuild(self) -> None:
+        def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+            return {name: tuple(tensor.shape) for name, tensor in skeletons.persistent(module).items()}
+
+        try:
+            rebuilt = skeletons.build_on_meta(partial(self._build, dict(self.model_args)))
+        except TypeError as error:
+            raise ValueError(f"model_args do not build a {type(self._full).__name__}: {error}") from None
+        mine, theirs = shapes(self._full), shapes(rebuilt)
+        if mine != theirs:
+            odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise ValueError(
+                f"model_args={self.model_args} do not rebuild this model: {', '.join(odd[:3])} come out otherwise; "
+                "give the keyword arguments that the model was created with"
+            )
+
+    def _check_grid(self) -> None:
+        for width in self.grid:
+            try:
+                self.skeleton(width)
+            except (ValueError, AssertionError, RuntimeError) as error:
+                name = getattr(self._full, "pretrained_cfg", {}).get("architecture") or type(self._full).__name__
+                works = self._nearest_grid()
+                advice = f"the nearest grid that works is {works}" if works else "no grid works for this model"
+                raise ValueError(
+                    f"{name} cannot be sliced on the grid {self.grid}: at width {width}, {error}; {advice}"
+                ) from None
+
+    def _nearest_grid(self) -> WidthGrid | None:
+        known: dict[Fraction, bool] = {FULL: True}
+
+        def works(width: Fraction) -> bool:
+            if width not in known:
+                try:
+                    self._build_skeleton(width)
+                    known[width] = True
+                except (ValueError, AssertionError, RuntimeError):
+                    known[width] = False
+            return known[width]
+
+        asked = self.grid
+        try:
+            for grid in asked.neighbours():
+                self.grid = grid
+                if all(works(width) for width in grid):
+                    return grid
+        finally:
+            self.grid = asked
+        return None
+
+    # Saving and loading, in checkpoint.py
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write config.json, model.safetensors and a model card; see `slicevit.checkpoint.save_pretrained`."""
+        from slicevit import checkpoint
+
+        checkpoint.save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address."""
+        from slicevit import checkpoint
+
+        return checkpoint.push_to_hub(self, repo_id, **kwargs)
+
+
+def _constructor(model: nn.Module) -> Callable[..., nn.Module]:
+    architecture = getattr(model, "pretrained_cfg", None) and model.pretrained_cfg.get("architecture")  # type: ignore[union-attr, operator]
+    if architecture and timm.is_model(architecture):
+        return partial(timm.create_model, architecture, pretrained=False)
+    return type(model)
+
+
+def _call_checkpointed(
+    module: nn.Module, views: dict[str, Tensor], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run with the views left in place: the backward pass runs the blocks again and needs them there."""
+    for prefix, owner in module.named_modules():
+        for store in (owner._parameters, owner._buffers):
+            for key in store:
+                view = views.get(f"{prefix}.{key}" if prefix else key)
+                if view is not None:
+                    store[key] = view  # type: ignore[assignment]
+    return Dispatch(module)(method, *args, **kwargs)
+
+
+def create_model(
+    name: str, grid: WidthGrid | str = "1/4:1:1/16", pretrained: bool = False, **kwargs: Any
+) -> ElasticModel:
+    """`timm.create_model` with a grid of widths.
+
+    Args:
+        name: any timm model name of a registered family; `local-dir:` and `hf-hub:` work as in timm.
+        grid: "smallest:largest:step"; the default is the paper's, X = 13 widths.
+        pretrained: load timm's weights into the full width.
+        kwargs: the fields of `SliceSettings`, and timm's own keyword arguments.
+
+    Raises ValueError for an unknown model, and when the model cannot be sliced on this grid.
+    """
+    grid = WidthGrid.parse(grid)
+    settings = {field.name: kwargs.pop(field.name) for field in fields(SliceSettings) if field.name in kwargs}
+    asdict(SliceSettings(**settings))
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:4])
+        raise ValueError(f"unknown model {name!r}: timm has no such model" + (f"; near it: {close}" if close else "")) from None
+    drop = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+    return ElasticModel(model, grid, {k: v for k, v in kwargs.items() if k not in drop}, **settings)

@@ -1,0 +1,125 @@
+"""Skeletons: stock timm modules of a narrow width that hold no weights of their own.
+
+A skeleton's parameters live on the `meta` device, its buffers are real (Swin's and EVA-02's tables are built, not
+saved). By its shapes alone it says which axes shrink, and to what.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from slicevit.families import AttnScale, Family, Heads, Layout, Scope, slicing_rules
+from slicevit.slicing import Plan, make_plan
+from slicevit.widths import End
+
+Build = Callable[[dict[str, Any]], nn.Module]
+
+
+@dataclass
+class Skeleton:
+    """A narrow module on `meta` with the plan that fills it; `lock` guards its parameters while they are swapped."""
+
+    module: nn.Module
+    plan: Plan
+    lock: Any = field(default_factory=threading.Lock)
+
+
+class Dispatch(nn.Module):
+    """Runs any method of `net`, so that `torch.func.functional_call` reaches more than `forward`."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "forward":
+            return self.net(*args, **kwargs)
+        return getattr(self.net, method)(*args, **kwargs)
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module whose parameters are on `meta` and whose buffers are real, without drawing random numbers.
+
+    Falls back to a real build where a constructor computes its buffers from its parameters' device.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = build()
+    except (NotImplementedError, RuntimeError):  # torch: no data to copy out of a meta tensor
+        module = None
+    if module is None or any(buffer.is_meta for buffer in module.buffers()):
+        with torch.random.fork_rng(devices=[]):
+            module = build()
+        for owner, name, parameter in own_parameters(module):
+            owner._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    return module
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """(owner, name, parameter) of every parameter below `module`."""
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                yield owner, name, parameter
+
+
+def persistent(module: nn.Module) -> dict[str, Tensor]:
+    """What `module.state_dict()` would hold, undetached: parameters and the buffers that are saved, by name."""
+    saved: dict[str, Tensor] = dict(module.named_parameters())
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                saved[f"{prefix}.{name}" if prefix else name] = buffer
+    return saved
+
+
+def plan_for(
+    family: Family,
+    full: nn.Module,
+    narrow: nn.Module,
+    width: Fraction,
+    end: End,
+    layout: Layout,
+    attn_scale: AttnScale,
+) -> Plan:
+    """The plan from `full` to `narrow`. Raises ValueError naming the parameter that cannot be sliced."""
+    if family.check is not None and (problem := family.check(narrow)):
+        raise ValueError(problem)
+    big, small = (
+        {name: tuple(tensor.shape) for name, tensor in persistent(module).items()} for module in (full, narrow)
+    )
+    rules = slicing_rules(family, full, narrow, small, layout, attn_scale)
+    return make_plan(big, small, rules, width, end)
+
+
+def match_buffers(module: nn.Module, full: nn.Module) -> None:
+    """Move the buffers of `module` to the device and type of the buffers of the same name in `full`."""
+    theirs = dict(full.named_buffers())
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            other = theirs.get(f"{prefix}.{name}" if prefix else name)
+            if buffer is not None and other is not None:
+                owner._buffers[name] = buffer.to(device=other.device, dtype=other.dtype)
+
+
+def match_modes(module: nn.Module, full: nn.Module) -> None:
+    """Give every submodule the train/eval mode of its namesake in `full`, frozen parts included."""
+    for mine, theirs in zip(module.modules(), full.modules(), strict=True):
+        mine.training = theirs.training
+
+
+def scaled_arguments(
+    family: Family, full: nn.Module, model_args: dict[str, Any], width: Fraction, heads: Heads, scope: Scope
+) -> dict[str, Any]:
+    """The constructor's arguments of the model at `width`."""
+    if width == 1:
+        return dict(model_args)
+    return model_args | family.arguments(full, width, heads, scope)

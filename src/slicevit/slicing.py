@@ -1,0 +1,130 @@
+"""Pure slicing: shapes and rules in, a plan out; a plan and tensors in, narrow views out.
+
+A narrow model takes the same fraction of every axis that scales. A plain axis gives its leading or trailing
+channels. A structured axis is a product of blocks that a flat cut would tear apart: the rows of a fused `qkv`
+are (3, heads, head width), the inputs of the attention's output projection (heads, head width), a packed GLU
+(2, hidden). There every block is cut on its own, so that a narrow q comes from the full q.
+
+Knows tensors and names; no modules and no timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from slicevit.widths import End
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one axis is built, at the full and at the narrow size; the last block is the rest of the axis.
+
+    `full` and `narrow` are the leading block counts, such as (3, 6) for q, k, v and six heads.
+    """
+
+    full: tuple[int, ...] = ()
+    narrow: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one narrow tensor is taken from its full one.
+
+    `expanded` is the full shape with structured axes split into blocks; `takes` are (axis, start, length) in
+    it; `shape` is the narrow shape. The first `gain_rows` rows are multiplied by `gain`.
+    """
+
+    full_shape: tuple[int, ...]
+    expanded: tuple[int, ...]
+    takes: tuple[tuple[int, int, int], ...]
+    shape: tuple[int, ...]
+    gain: float = 1.0
+    gain_rows: int = 0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the narrow tensor is the full one."""
+        return not self.takes and self.gain == 1.0
+
+    def __call__(self, full: Tensor) -> Tensor:
+        """The narrow tensor: a view of `full` where strides allow, else a copy; autograd goes through.
+
+        Raises ValueError when `full` has another shape than the plan was made for.
+        """
+        if full.shape != self.full_shape:
+            raise ValueError(f"planned for the shape {self.full_shape}, got {tuple(full.shape)}")
+        narrow = full.view(self.expanded)
+        for axis, start, length in self.takes:
+            narrow = narrow.narrow(axis, start, length)
+        narrow = narrow.reshape(self.shape)
+        if self.gain != 1.0:
+            narrow = torch.cat((narrow[: self.gain_rows] * self.gain, narrow[self.gain_rows :]))
+        return narrow
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is special about one parameter: its structured axes, and the rows that hold queries."""
+
+    axes: Mapping[int, Blocks] = field(default_factory=dict)
+    gain: float = 1.0
+    gain_share: Fraction = Fraction(0)
+
+
+Plan = dict[str, Cut]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def make_plan(full: Shapes, narrow: Shapes, rules: Mapping[str, Rule], width: Fraction, end: End) -> Plan:
+    """One `Cut` for every name in `narrow`.
+
+    Args:
+        full, narrow: parameter (and scaling buffer) shapes by name; equal names and ranks.
+        rules: what is structured, by name. Every other axis is plain.
+        width: the exact width; an axis must stay as it is or shrink to exactly this fraction.
+        end: whether each block gives its leading or trailing channels.
+
+    Raises ValueError naming the parameter when names or ranks differ, an axis shrinks to another fraction,
+    or a block does not come out whole.
+    """
+    if full.keys() != narrow.keys():
+        odd = sorted(full.keys() ^ narrow.keys())
+        raise ValueError(f"the narrow model's parameters differ from the full model's: {', '.join(odd[:4])}")
+    return {name: _cut(name, tuple(full[name]), tuple(shape), rules.get(name, Rule()), width, end)
+            for name, shape in narrow.items()}  # fmt: skip
+
+
+def _cut(
+    name: str, full: tuple[int, ...], narrow: tuple[int, ...], rule: Rule, width: Fraction, end: End
+) -> Cut:
+    if len(full) != len(narrow):
+        raise ValueError(f"{name}: the narrow model has {len(narrow)} axes and the full one {len(full)}")
+    expanded: list[int] = []
+    takes: list[tuple[int, int, int]] = []
+    for axis, (size, small) in enumerate(zip(full, narrow, strict=True)):
+        if small != size and small != width * size:
+            raise ValueError(f"{name}: axis {axis} of {size} becomes {small}, which is not {width} of it")
+        blocks = rule.axes.get(axis, Blocks())
+        big = _factors(name, size, blocks.full)
+        for large, little in zip(big, _factors(name, small, blocks.narrow), strict=True):
+            if little > large:
+                raise ValueError(f"{name}: a block of {large} cannot become {little}")
+            if little != large:
+                takes.append((len(expanded), large - little if end == "trailing" else 0, little))
+            expanded.append(large)
+    gain_rows = int(rule.gain_share * narrow[0]) if rule.gain != 1.0 else 0
+    return Cut(full, tuple(expanded), tuple(takes), narrow, rule.gain, gain_rows)
+
+
+def _factors(name: str, size: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    count = 1
+    for block in blocks:
+        count *= block
+    if size % count:
+        raise ValueError(f"{name}: {size} channels do not divide into {' x '.join(map(str, blocks))} equal blocks")
+    return (*blocks, size // count)
