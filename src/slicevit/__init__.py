@@ -1,7 +1,9 @@
 """slicevit: one Vision Transformer checkpoint that is every narrower one too."""
 
+from slicevit.checkpoint import from_pretrained
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.families import Family, Fused, register_family
+from slicevit.published import load_scala_checkpoint
 from slicevit.version import __version__
 from slicevit.widths import WidthGrid
 
@@ -13,5 +15,7 @@ __all__ = [
     "WidthGrid",
     "__version__",
     "create_model",
+    "from_pretrained",
+    "load_scala_checkpoint",
     "register_family",
 ]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import timm
 import torch
+from timm.models._input import get_model_args
 from torch import Tensor, nn
 
 from slicevit import skeletons, subnet
@@ -43,7 +45,13 @@ class SliceSettings:
     scope: Scope = "all"
 
     def __post_init__(self) -> None:
-        choices = {"layout": Layout, "isolation": Isolation, "attn_scale": AttnScale, "heads": Heads, "scope": Scope}
+        choices = {
+            "layout": Layout,
+            "isolation": Isolation,
+            "attn_scale": AttnScale,
+            "heads": Heads,
+            "scope": Scope,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}")
@@ -58,8 +66,8 @@ class ElasticModel(nn.Module):
     Args:
         model: a timm model of a registered family.
         grid: the legal widths, a `WidthGrid` or "smallest:largest:step".
-        model_args: the keyword arguments that `timm.create_model` (or, for a model built from its class, the class)
-            was given; they rebuild the model at other widths.
+        model_args: what rebuilds the model at other widths, beyond what timm recorded: the keyword arguments of
+            `timm.create_model`, or of the class for a model that was built from its class.
         settings: the fields of `SliceSettings`.
 
     Raises ValueError when the model cannot be sliced on this grid, with the reason and the nearest grid that works.
@@ -68,7 +76,11 @@ class ElasticModel(nn.Module):
     _full: nn.Module
 
     def __init__(
-        self, model: nn.Module, grid: WidthGrid | str, model_args: dict[str, Any] | None = None, **settings: Any
+        self,
+        model: nn.Module,
+        grid: WidthGrid | str,
+        model_args: dict[str, Any] | None = None,
+        **settings: Any,
     ):
         super().__init__()
         self.__dict__.update(
@@ -76,7 +88,7 @@ class ElasticModel(nn.Module):
         )
         self.grid = WidthGrid.parse(grid)
         self.settings = SliceSettings(**settings)
-        self.model_args = dict(model_args or {})
+        self.model_args = _recorded_args(model) | (model_args or {})
         self._family = family_of(model)
         self._replayed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self._reset_caches()
@@ -105,6 +117,20 @@ class ElasticModel(nn.Module):
             return getattr(self._full, name)
 
     # Widths
+
+    def set_grid(self, grid: WidthGrid | str) -> None:
+        """Run on another grid from now on (paper section 4.3, fast interpolation).
+
+        Raises ValueError when the model cannot be sliced on it, and keeps the old grid.
+        """
+        old, self.grid = self.grid, WidthGrid.parse(grid)
+        with self._lock:
+            self._forget()
+        try:
+            self._check_grid()
+        except ValueError:
+            self.grid = old
+            raise
 
     @property
     def widths(self) -> tuple[Fraction, ...]:
@@ -202,10 +228,18 @@ class ElasticModel(nn.Module):
         skeletons.match_modes(module, self._full)
         return module
 
+    def arguments(self, width: Width) -> dict[str, Any]:
+        """The keyword arguments by which the stock model at `width` differs from the full one.
+
+        Raises ValueError where a count of channels or heads is not whole.
+        """
+        legal = self.width(width)
+        if legal == FULL:
+            return {}
+        return self._family.arguments(self._full, legal, self.settings.heads, self.settings.scope)
+
     def _build_skeleton(self, width: Fraction) -> Skeleton:
-        arguments = skeletons.scaled_arguments(
-            self._family, self._full, self.model_args, width, self.settings.heads, self.settings.scope
-        )
+        arguments = self.model_args | self.arguments(width)
         module = skeletons.build_on_meta(partial(self._build, arguments))
         end = self.grid.end(width, self.settings.isolation)
         scale = "narrow" if width == FULL else self.settings.attn_scale
@@ -218,6 +252,8 @@ class ElasticModel(nn.Module):
         for method, args, kwargs in self._replayed:
             getattr(module, method)(*args, **kwargs)
         self._set_eps(module)
+        if hasattr(self._full, "pretrained_cfg"):
+            module.pretrained_cfg = module.default_cfg = self._full.pretrained_cfg
         return module
 
     def _set_eps(self, module: nn.Module) -> None:
@@ -233,10 +269,13 @@ class ElasticModel(nn.Module):
         self._replayed.append((method, args, kwargs))
         self._set_eps(self._full)
         with self._lock:
-            for bound in self._subnets.values():
-                bound.release()
-            self._skeletons.clear()
-            self._subnets.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        for bound in self._subnets.values():
+            bound.release()
+        self._skeletons.clear()
+        self._subnets.clear()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass, at every width."""
@@ -320,7 +359,7 @@ class ElasticModel(nn.Module):
 
     # Saving and loading, in checkpoint.py
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and a model card; see `slicevit.checkpoint.save_pretrained`."""
         from slicevit import checkpoint
 
@@ -331,6 +370,11 @@ class ElasticModel(nn.Module):
         from slicevit import checkpoint
 
         return checkpoint.push_to_hub(self, repo_id, **kwargs)
+
+
+def _recorded_args(model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments that timm's factory recorded, with later changes of head and input size."""
+    return dict(model._model_args) | get_model_args(model) if hasattr(model, "_model_args") else {}  # type: ignore[arg-type]
 
 
 def _constructor(model: nn.Module) -> Callable[..., nn.Module]:
@@ -349,7 +393,7 @@ def _call_checkpointed(
             for key in store:
                 view = views.get(f"{prefix}.{key}" if prefix else key)
                 if view is not None:
-                    store[key] = view  # type: ignore[assignment]
+                    store[key] = view
     return Dispatch(module)(method, *args, **kwargs)
 
 
@@ -368,13 +412,14 @@ def create_model(
     """
     grid = WidthGrid.parse(grid)
     settings = {field.name: kwargs.pop(field.name) for field in fields(SliceSettings) if field.name in kwargs}
-    asdict(SliceSettings(**settings))
+    SliceSettings(**settings)
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:4])
-        raise ValueError(f"unknown model {name!r}: timm has no such model" + (f"; near it: {close}" if close else "")) from None
-    drop = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-    return ElasticModel(model, grid, {k: v for k, v in kwargs.items() if k not in drop}, **settings)
+        raise ValueError(
+            f"unknown model {name!r}: timm has no such model" + (f"; near it: {close}" if close else "")
+        ) from None
+    return ElasticModel(model, grid, **settings)

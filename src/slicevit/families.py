@@ -192,7 +192,7 @@ SWIN_V2 = Family(
 PVT_V2 = Family(
     frozenset({"PyramidVisionTransformerV2"}),
     _pvt_dims,
-    {"Attention": {k: v for k, v in _ATTENTION_POOL.items()}},
+    {"Attention": dict(_ATTENTION_POOL.items())},
 )
 
 _FAMILIES: dict[str, Family] = {}
@@ -221,7 +221,12 @@ def family_of(model: nn.Module) -> Family:
 
 
 def slicing_rules(
-    family: Family, full: nn.Module, narrow: nn.Module, names: Iterable[str], layout: Layout, attn_scale: AttnScale
+    family: Family,
+    full: nn.Module,
+    narrow: nn.Module,
+    names: Iterable[str],
+    layout: Layout,
+    attn_scale: AttnScale,
 ) -> dict[str, Rule]:
     """The rule of every structured parameter in `names`, read off the modules that own them.
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from slicevit.families import AttnScale, Family, Heads, Layout, Scope, slicing_rules
+from slicevit.families import AttnScale, Family, Layout, slicing_rules
 from slicevit.slicing import Plan, make_plan
 from slicevit.widths import End
 
@@ -114,12 +114,3 @@ def match_modes(module: nn.Module, full: nn.Module) -> None:
     """Give every submodule the train/eval mode of its namesake in `full`, frozen parts included."""
     for mine, theirs in zip(module.modules(), full.modules(), strict=True):
         mine.training = theirs.training
-
-
-def scaled_arguments(
-    family: Family, full: nn.Module, model_args: dict[str, Any], width: Fraction, heads: Heads, scope: Scope
-) -> dict[str, Any]:
-    """The constructor's arguments of the model at `width`."""
-    if width == 1:
-        return dict(model_args)
-    return model_args | family.arguments(full, width, heads, scope)

@@ -99,9 +99,7 @@ def make_plan(full: Shapes, narrow: Shapes, rules: Mapping[str, Rule], width: Fr
             for name, shape in narrow.items()}  # fmt: skip
 
 
-def _cut(
-    name: str, full: tuple[int, ...], narrow: tuple[int, ...], rule: Rule, width: Fraction, end: End
-) -> Cut:
+def _cut(name: str, full: tuple[int, ...], narrow: tuple[int, ...], rule: Rule, width: Fraction, end: End) -> Cut:
     if len(full) != len(narrow):
         raise ValueError(f"{name}: the narrow model has {len(narrow)} axes and the full one {len(full)}")
     expanded: list[int] = []

@@ -141,10 +141,7 @@ class WidthGrid:
         """Other grids, nearest first: by step, then by smallest width. For naming one that works."""
         steps = {Fraction(1, n) for n in range(2, 65)} | {self.step}
         grids = {
-            WidthGrid(k * step, FULL, step)
-            for step in steps
-            if step.numerator == 1
-            for k in range(1, step.denominator)
+            WidthGrid(k * step, FULL, step) for step in steps if step.numerator == 1 for k in range(1, step.denominator)
         }
 
         def distance(grid: WidthGrid) -> tuple[float, float, int]:

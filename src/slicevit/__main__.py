@@ -1,0 +1,5 @@
+"""python -m slicevit"""
+
+from slicevit.cli import main
+
+main()

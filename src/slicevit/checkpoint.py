@@ -1,0 +1,154 @@
+"""A model's folder: config.json and model.safetensors, which timm loads at full width and slicevit at every width.
+
+Nothing but JSON and safetensors is read from a folder or the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+
+from slicevit.elastic import ElasticModel, SliceSettings, create_model
+from slicevit.files import replacing
+from slicevit.model_card import model_card
+from slicevit.version import __version__
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def save_pretrained(
+    model: ElasticModel,
+    folder: str | Path,
+    *,
+    data_config: dict[str, Any] | None = None,
+    label_names: list[str] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json, model.safetensors (timm's keys, full width) and a model card into `folder`.
+
+    Args:
+        data_config: timm's preprocessing (mean, std, interpolation, crop_pct) when it is not the model's default.
+        label_names: class names, in the order of the logits.
+        extra: further JSON entries below "slicevit" in config.json.
+
+    Each file is written whole or not at all, the weights before the configuration that describes them.
+    Raises ValueError when an argument of the model has no place in JSON.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"version": __version__, "grid": str(model.grid), **asdict(model.settings), **(extra or {})}
+    config: dict[str, Any] = {"slicevit": described}
+    if label_names:
+        config["label_names"] = list(label_names)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        staged = Path(staging)
+        save_config_for_hf(
+            model._full,
+            str(staged / CONFIG),
+            model_config=config,
+            data_config=data_config,
+            model_args=_unchanging(model),
+        )
+        save_weights(model, staged)
+        (staged / CARD).write_text(model_card(model, json.loads((staged / CONFIG).read_text())), encoding="utf-8")
+        for name in (WEIGHTS, CONFIG, CARD):
+            os.replace(staged / name, folder / name)
+
+
+def save_weights(model: ElasticModel, folder: Path) -> None:
+    """Write model.safetensors alone, whole or not at all. Raises ValueError when the disk does not take it."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be written ({error}): the previous weights are kept") from None
+
+
+def _unchanging(model: ElasticModel) -> dict[str, Any]:
+    """The model's arguments without regularisation, and without those that timm reads off the model itself."""
+    read_off = ("num_classes", "img_size", "in_chans", "global_pool")
+    return {k: v for k, v in model.model_args.items() if k not in read_off and not k.endswith("_rate")}
+
+
+def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
+    """(config.json, path of the weights) of a folder, or of a Hub repository such as "owner/name".
+
+    Raises ValueError when there is no such folder or repository, or a file in it is missing or broken.
+    """
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        paths = folder / CONFIG, folder / WEIGHTS
+        missing = [path.name for path in paths if not path.exists()]
+        if missing:
+            raise ValueError(f"{folder} holds no {' and no '.join(missing)}: it is not a saved slicevit model")
+    else:
+        try:
+            paths = tuple(Path(hf_hub_download(str(folder_or_id), name)) for name in (CONFIG, WEIGHTS))  # type: ignore[assignment]
+        except (HFValidationError, HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{folder_or_id} is neither a folder nor a reachable Hub repository ({reason})") from None
+    try:
+        return json.loads(paths[0].read_text(encoding="utf-8")), paths[1]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{paths[0]} is not valid JSON ({error})") from None
+
+
+def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
+    """The model that `save_pretrained` or `push_to_hub` wrote, in eval mode.
+
+    Args:
+        folder_or_id: a folder, or a Hub repository such as "owner/name".
+        settings: `grid` and fields of `SliceSettings` that override the saved ones.
+
+    Raises ValueError when it is no slicevit model, or its files are missing, broken or do not fit together.
+    """
+    config, weights = read_config(folder_or_id)
+    if "slicevit" not in config:
+        raise ValueError(f"{folder_or_id} is not a slicevit model: its {CONFIG} has no 'slicevit' entry")
+    described = {
+        name: config["slicevit"][name] for name in ("grid", *(field.name for field in fields(SliceSettings)))
+    } | settings
+    model_args = _tuples(config.get("model_args", {})) | {"num_classes": config["num_classes"]}
+    model = create_model(
+        config["architecture"], **described, **model_args, pretrained_cfg_overlay=config["pretrained_cfg"]
+    )
+    try:
+        model.load_state_dict(load_file(weights))
+    except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights} does not hold this model's weights ({reason})") from None
+    return model.eval()
+
+
+def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+
+
+def push_to_hub(
+    model: ElasticModel,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Add model",
+) -> str:
+    """Upload what `save_pretrained` writes; returns the commit's address.
+
+    Raises huggingface_hub's own errors when the Hub cannot be reached or refuses.
+    """
+    api = HfApi(token=token, library_name="slicevit", library_version=__version__)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))

@@ -1,0 +1,263 @@
+"""The command line: parse, call, print. Errors are one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from slicevit.training.config import TrainConfig
+from slicevit.training.presets import PRESETS, preset
+
+COMMANDS = {
+    "train": "train a model that is every narrower one too",
+    "eval": "accuracy, costs and latency at every width of a run",
+    "report": "several runs on one picture and page",
+    "export": "cut a width out",
+    "import": "convert a published Scala checkpoint",
+}
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    return f"usage: slicevit COMMAND [options]\n\n{lines}\n\nslicevit COMMAND --help says more.\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point; exits with 0, 2 after bad input, or 128 + a signal's number."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        from slicevit.version import __version__
+
+        print(__version__)
+        return
+    if command not in COMMANDS:
+        _fail(f"{command} is no command; there are {', '.join(COMMANDS)}")
+    from slicevit.training.signals import Interrupted
+
+    try:
+        {"train": _train, "eval": _eval, "report": _report, "export": _export, "import": _import}[command](rest)
+    except ValueError as error:
+        _fail(str(error))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"slicevit: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# train
+
+
+def _key_values(text: list[str]) -> dict[str, Any]:
+    pairs = {}
+    for pair in text:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise ValueError(f"{pair!r} is not key=value")
+        pairs[key] = _literal(value)
+    return pairs
+
+
+def _literal(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, and the arguments without it."""
+    for index, argument in enumerate(arguments):
+        if argument == name:
+            if index + 1 == len(arguments):
+                raise ValueError(f"{name} needs a value")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith(name + "="):
+            return argument.split("=", 1)[1], arguments[:index] + arguments[index + 1 :]
+    return None, arguments
+
+
+def _take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """What follows --model-args up to the next flag, as key=value pairs, and the arguments without it."""
+    if "--model-args" not in arguments:
+        return None, arguments
+    start = end = arguments.index("--model-args") + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    try:
+        return _key_values(arguments[start:end]), arguments[: start - 1] + arguments[end:]
+    except ValueError as error:
+        raise ValueError(f"--model-args: {error}") from None
+
+
+def _train(arguments: list[str]) -> None:
+    from slicevit.training import runs
+
+    console = Console()
+    resume, arguments = _take_option(arguments, "--resume")
+    if resume is not None:
+        if arguments:
+            raise ValueError(f"--resume takes the run's own configuration: leave out {' '.join(arguments)}")
+        folder = Path(resume)
+        rows = runs.resume(folder, console)
+    else:
+        name, arguments = _take_option(arguments, "--preset")
+        out, arguments = _take_option(arguments, "--out")
+        config = _parse_train(arguments, name or "fashion")
+        folder = Path(out) if out else _new_folder(name or "fashion", config.method)
+        rows = runs.start(config, folder, console)
+    _print_results(console, rows, folder)
+
+
+def _parse_train(arguments: list[str], name: str) -> TrainConfig:
+    from dataclasses import replace
+
+    default = preset(name)
+    model_args, arguments = _take_model_args(arguments)
+    if model_args is not None:
+        default = replace(default, model_args=default.model_args | model_args)
+    if "--model" in arguments and model_args is None and default.model_args:
+        default = replace(default, model_args={})
+    description = (
+        "Train one network whose width can be cut at run time. Further flags: --preset "
+        f"{{{','.join(PRESETS)}}}, --out FOLDER, --resume RUN, --model-args key=value ..."
+    )
+    return tyro.cli(
+        TrainConfig,
+        args=arguments,
+        default=default,
+        prog="slicevit train",
+        description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def _new_folder(preset_name: str, method: str) -> Path:
+    return Path("runs") / f"{preset_name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _print_results(console: Console, rows: list[Any], folder: Path) -> None:
+    from slicevit.evaluation.results import results_table
+
+    console.print(results_table(rows, f"{folder}"))
+    console.print(f"picture {folder / 'frontier.png'}, page {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+# eval, report, export, import
+
+
+@dataclass
+class EvalArgs:
+    """Accuracy, costs and latency at every legal width of a run, or at one."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or any folder that slicevit saved."""
+    data: str | None = None
+    """Another data set than the run's own; as in train."""
+    data_root: str | None = None
+    """Where a timm dataset string finds its files."""
+    width: str | None = None
+    """One width, such as 1/2; a width that was not trained is evaluated and labelled so."""
+    batch_size: int = 500
+    """Images a step."""
+    workers: int = 0
+    """Processes that load images."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def _eval(arguments: list[str]) -> None:
+    from slicevit.training.evaluate import evaluate_run
+
+    args = tyro.cli(EvalArgs, args=arguments, prog="slicevit eval")
+    console = Console()
+    rows, saved = evaluate_run(
+        args.run, args.data, args.data_root, args.width, args.batch_size, args.workers, args.device
+    )
+    from slicevit.evaluation.results import results_table
+
+    console.print(results_table(rows, str(args.run)))
+    if saved:
+        console.print(f"written to {args.run / 'results.csv'}", highlight=False, soft_wrap=True)
+
+
+@dataclass
+class ReportArgs:
+    """Several runs on one picture and one page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs; the first is the page's subject."""
+    out: Path | None = None
+    """Folder for frontier.png and report.html; the first run's by default."""
+
+
+def _report(arguments: list[str]) -> None:
+    from slicevit.training.runs import write_pictures
+
+    args = tyro.cli(ReportArgs, args=arguments, prog="slicevit report")
+    if not args.runs:
+        raise ValueError("report needs the folder of at least one run")
+    picture, page = write_pictures(args.runs, args.out)
+    print(f"{picture}\n{page}")
+
+
+@dataclass
+class ExportArgs:
+    """Cut one width out of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or any folder that slicevit saved."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The folder to write."""
+    width: str
+    """The width, such as 1/2."""
+    to: Literal["timm"] = "timm"
+    """timm: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads without slicevit."""
+
+
+def _export(arguments: list[str]) -> None:
+    from slicevit.export.timm_folder import export_timm
+
+    args = tyro.cli(ExportArgs, args=arguments, prog="slicevit export")
+    error = export_timm(args.run, args.out, args.width)
+    print(f'{args.out}: timm.create_model("local-dir:{args.out}", pretrained=True); largest logit error {error:.1e}')
+
+
+@dataclass
+class ImportArgs:
+    """Convert a published Scala checkpoint into a folder that slicevit and timm load."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The published torch file."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The folder to write."""
+    model: str = "deit_small_distilled_patch16_224"
+    """The timm model that it is."""
+    grid: str = "1/4:1:1/16"
+    """The grid that it was trained on."""
+
+
+def _import(arguments: list[str]) -> None:
+    from slicevit.published import load_scala_checkpoint
+
+    args = tyro.cli(ImportArgs, args=arguments, prog="slicevit import")
+    model = load_scala_checkpoint(args.file, args.model, args.grid)
+    model.save_pretrained(args.out)
+    print(f"{args.out}: {len(model.widths)} widths of {args.model}")

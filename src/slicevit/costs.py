@@ -1,0 +1,71 @@
+"""What a width costs, counted on its skeleton: nothing is computed and no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from slicevit.elastic import ElasticModel
+from slicevit.widths import Width
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one width, for one image.
+
+    Attributes:
+        channels: embedding width.
+        params: parameters.
+        macs: multiply-accumulates of a forward pass; matrix products and convolutions, attention included.
+        activations: float32 bytes that a training step keeps for the backward pass, per image.
+    """
+
+    channels: int
+    params: int
+    macs: int
+    activations: int
+
+
+def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, int] | None = None) -> Costs:
+    """Costs of `model` at `width` for one image of `input_size` (C, H, W), by default the model's own.
+
+    Raises ValueError when the grid does not hold `width`.
+    """
+    legal = model.width(width)
+    module: Any = model.skeleton(legal).module
+    embed_dim = getattr(module, "embed_dim", None) or module.num_features
+    params = sum(parameter.numel() for parameter in module.parameters())
+    size = input_size or model_input_size(model)
+    on_meta = model._build_skeleton(legal).module.to("meta").train()
+    image = torch.zeros(1, *size, device="meta")
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved[id(tensor.untyped_storage())] = tensor.numel() * 4
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        output = on_meta(image)
+    del output
+    return Costs(int(embed_dim), params, counter.get_total_flops() // 2, sum(saved.values()))
+
+
+def model_input_size(model: ElasticModel) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the model takes."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if getattr(patch_embed, "img_size", None):
+        height, width = patch_embed.img_size
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            channels = parameter.shape[1]
+            break
+    return channels, height, width

@@ -1,0 +1,20 @@
+"""Data: data sets by name, transforms, and loaders whose batches depend on (seed, epoch, step) alone."""
+
+from .datasets import BUNDLED, ImageSet, StreamSet, UnreadableImageError, open_dataset
+from .loader import Batch, TrainLoader, eval_batches
+from .transforms import Transform, TransformConfig, eval_transform, train_transform
+
+__all__ = [
+    "BUNDLED",
+    "Batch",
+    "ImageSet",
+    "StreamSet",
+    "TrainLoader",
+    "Transform",
+    "TransformConfig",
+    "UnreadableImageError",
+    "eval_batches",
+    "eval_transform",
+    "open_dataset",
+    "train_transform",
+]

@@ -1,0 +1,318 @@
+"""Opening a data set by name: the bundled one, a folder of class folders, or any timm data set string.
+
+Legend of axis names: N images, H height, W width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import lzma
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import make_dataset
+
+BUNDLED = "fashion-mnist"
+FASHION_CLASSES = [
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+]
+FASHION_FOLDER = Path(__file__).parent / "fashion"
+
+_IMAGE_MODES = {1: "L", 3: "RGB"}
+_FOLDER_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
+_TIMM_SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
+# the module that timm imports for a prefix, and what installs it
+_TIMM_NEEDS = {
+    "torch": ("torchvision", "torchvision"),
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
+    "wds": ("webdataset", "webdataset"),
+}
+_STREAMED = ("hfids", "tfds", "wds")
+_SPECS = f"'{BUNDLED}', a folder that holds train/ and val/, or a timm string (hfds/…, wds/…, torch/…)"
+
+
+class UnreadableImageError(OSError):
+    """An image which cannot be decoded; the message says which and why."""
+
+
+class ImageSet(ABC):
+    """Images with a class each, by index; small to pickle into worker processes.
+
+    Attributes:
+        spec: what `open_dataset` was given.
+        split: "train" or "val".
+        classes: the name of each class, by class index; None when the source does not name them.
+        num_classes: how many classes there are.
+    """
+
+    def __init__(self, spec: str, split: str, in_chans: int, classes: list[str] | None, num_classes: int):
+        self.spec = spec
+        self.split = split
+        self.classes = classes
+        self.num_classes = num_classes
+        self._mode = _IMAGE_MODES[in_chans]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image, in mode `self._mode`, and its class index."""
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image (mode "L" or "RGB") and its class index.
+
+        Raises:
+            UnreadableImageError: if it cannot be decoded, for whatever reason the decoder has.
+        """
+        try:
+            return self._read(index)
+        except Exception as error:
+            raise UnreadableImageError(f"{self.name(index)} ({error or type(error).__name__})") from error
+
+    def name(self, index: int) -> str:
+        """The file of an image, or where there is none its index, for messages."""
+        return f"{self.spec} {self.split} image {index}"
+
+
+class _BundledSet(ImageSet):
+    def __init__(self, split: str, in_chans: int):
+        super().__init__(BUNDLED, split, in_chans, FASHION_CLASSES, len(FASHION_CLASSES))
+        self._images_NHW = _read_idx(FASHION_FOLDER / f"{split}-images.idx.xz")
+        self._targets_N = _read_idx(FASHION_FOLDER / f"{split}-labels.idx.xz")
+
+    def __len__(self) -> int:
+        return len(self._targets_N)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self._images_NHW[index]).convert(self._mode), int(self._targets_N[index])
+
+
+@lru_cache
+def _read_idx(path: Path) -> np.ndarray:
+    """The array of uint8 in an IDX file compressed with xz."""
+    content = lzma.decompress(path.read_bytes())
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", count=axes, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+class _FolderSet(ImageSet):
+    """Class folders, their order given by `classes`; images may lie deeper inside them."""
+
+    def __init__(self, spec: str, split: str, in_chans: int, folder: Path, classes: list[str]):
+        super().__init__(spec, split, in_chans, classes, len(classes))
+        class_to_index = {name: index for index, name in enumerate(classes)}
+        files = make_dataset(folder, class_to_index, extensions=get_img_extensions(), allow_empty=True)
+        if not files:
+            raise ValueError(
+                f"--data {spec}: no images in the class folders of {folder}: "
+                f"put files ending in {', '.join(get_img_extensions())} there."
+            )
+        # arrays, not lists of objects: a worker that touches them copies nothing, and they pickle compactly
+        self._paths_N = np.array([os.fsencode(path) for path, _ in files])
+        self._targets_N = np.array([target for _, target in files])
+
+    def __len__(self) -> int:
+        return len(self._targets_N)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.name(index)) as image:
+            return image.convert(self._mode), int(self._targets_N[index])
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._paths_N[index])
+
+
+class _TorchvisionSet(ImageSet):
+    def __init__(self, spec: str, split: str, in_chans: int, source: Any):
+        classes = [name if isinstance(name, str) else ", ".join(name) for name in source.classes]
+        super().__init__(spec, split, in_chans, classes, len(classes))
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self._source[index]
+        return image.convert(self._mode), int(target)
+
+
+class _ReaderSet(ImageSet):
+    """A map-style timm reader, without timm's own silent skipping of unreadable images."""
+
+    def __init__(self, spec: str, split: str, in_chans: int, reader: Any):
+        classes = list(reader.class_to_idx) or None
+        num_classes = len(classes) if classes else 1 + max(reader.iter_targets())
+        super().__init__(spec, split, in_chans, classes, num_classes)
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        stream, target = self._reader[index]
+        with stream, Image.open(stream) as image:
+            return image.convert(self._mode), int(target)
+
+
+class StreamSet:
+    """A timm data set that can only be read in order (wds/, tfds/, hfids/).
+
+    Attributes:
+        spec, split, classes: as those of `ImageSet`.
+        num_classes: how many classes there are; 0 when the source does not say, as webdataset's do not.
+    """
+
+    def __init__(self, spec: str, split: str, root: str | None, in_chans: int):
+        self.spec = spec
+        self.split = split
+        self._root = root
+        self._mode = _IMAGE_MODES[in_chans]
+        reader = self.open().reader
+        self._length = int(reader.num_samples)
+        self.classes: list[str] | None = list(reader.class_to_idx) or None
+        self.num_classes = len(reader.class_to_idx)
+
+    def __len__(self) -> int:
+        """How many images the source says it has."""
+        return self._length
+
+    def open(
+        self, *, training: bool = False, seed: int = 0, epoch: int = 0, batch_size: int = 1, workers: int = 0
+    ) -> Any:
+        """A fresh `timm.data.IterableImageDataset` of (PIL image, class index), at its beginning.
+
+        Args:
+            training: shuffled and repeated by timm's reader, from (seed, epoch), if true; else in order.
+            batch_size, workers: as of the loader that reads it; timm shares the images out by them.
+        """
+        options: dict[str, Any] = {"is_training": training, "seed": seed, "batch_size": batch_size}
+        dataset = _create_timm(self.spec, self.split, self._root, input_img_mode=self._mode, **options)
+        dataset.set_loader_cfg(num_workers=workers)
+        dataset.set_epoch(epoch)
+        return dataset
+
+
+def open_dataset(spec: str, split: str, *, root: str | None = None, in_chans: int = 3) -> ImageSet | StreamSet:
+    """Opens one split of a data set.
+
+    Args:
+        spec: one of
+            - "fashion-mnist": the bundled part of Fashion-MNIST, 20,000 and 5,000 gray images of 28 x 28;
+            - a folder that holds train/ and val/ (or validation/ or test/), each with a folder a class;
+              the classes are numbered in timm's natural order of their names;
+            - a timm data set string: "hfds/…", "torch/…", "wds/…", "tfds/…" or "hfids/…". What follows a "?"
+              goes to timm's reader ("hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label",
+              "torch/cifar10?download=1"), except `train=` and `val=`, which name the source's own splits
+              ("wds/shards?train=train-{000..009}.tar|10000&val=val-000.tar|1000").
+        split: "train" or "val".
+        root: timm's root folder, for timm strings alone.
+        in_chans: 3 for RGB images, 1 for gray.
+
+    Returns:
+        A `StreamSet` for wds/, tfds/ and hfids/, else an `ImageSet`.
+
+    Raises:
+        ValueError: if there is no such data set or split, if train and val have different classes, if there
+            are no images, or if a package is missing. The message says what to do.
+    """
+    if split not in _FOLDER_NAMES:
+        raise ValueError(f"split must be 'train' or 'val', not {split!r}.")
+    if in_chans not in _IMAGE_MODES:
+        raise ValueError(f"--in-chans {in_chans}: images are read with 1 (gray) or 3 (RGB) channels.")
+    if spec == BUNDLED:
+        return _BundledSet(split, in_chans)
+    prefix = _timm_prefix(spec)
+    if prefix in _STREAMED:
+        return StreamSet(spec, split, root, in_chans)
+    if prefix == "torch":
+        return _TorchvisionSet(spec, split, in_chans, _create_timm(spec, split, root))
+    if prefix == "hfds":
+        return _ReaderSet(spec, split, in_chans, _create_timm(spec, split, root).reader)
+    return _open_folder(spec, split, in_chans)
+
+
+def _open_folder(spec: str, split: str, in_chans: int) -> ImageSet:
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"--data {spec}: no such folder or data set; give {_SPECS}.")
+    train_folder = _split_folder(spec, folder, "train")
+    classes = _class_folders(spec, train_folder)
+    if split == "train":
+        return _FolderSet(spec, split, in_chans, train_folder, classes)
+    val_folder = _split_folder(spec, folder, "val")
+    val_classes = _class_folders(spec, val_folder)
+    if val_classes != classes:
+        raise ValueError(
+            f"--data {spec}: {train_folder} and {val_folder} must hold the same class folders; "
+            f"only in train: {_some(set(classes) - set(val_classes))}; "
+            f"only in val: {_some(set(val_classes) - set(classes))}. "
+            "Rename, add or remove folders until they match."
+        )
+    return _FolderSet(spec, split, in_chans, val_folder, classes)
+
+
+def _split_folder(spec: str, folder: Path, split: str) -> Path:
+    for name in _FOLDER_NAMES[split]:
+        if (folder / name).is_dir():
+            return folder / name
+    names = " or ".join(f"{name}/" for name in _FOLDER_NAMES[split])
+    raise ValueError(f"--data {spec}: no {names} in {folder}: put the {split} images there, a folder a class.")
+
+
+def _class_folders(spec: str, folder: Path) -> list[str]:
+    """The names of the class folders in timm's order, where names that timm holds equal (a, A) go by code."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if not names:
+        raise ValueError(f"--data {spec}: no class folders in {folder}: put each class's images in its own folder.")
+    return sorted(names, key=lambda name: (natural_key(name), name))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+def _timm_prefix(spec: str) -> str | None:
+    prefix, slash, _ = spec.partition("/")
+    return prefix.lower() if slash and prefix.lower() in _TIMM_NEEDS else None
+
+
+def _create_timm(spec: str, split: str, root: str | None, **options: Any) -> Any:
+    """timm's own data set of `spec`, at the first of the names that its source may have given `split`."""
+    name, _, query = spec.partition("?")
+    prefix = name.partition("/")[0].lower()
+    module, packages = _TIMM_NEEDS[prefix]
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"--data {spec} needs a package that is not installed: pip install {packages}")
+    arguments: dict[str, Any] = {key: int(text) if text.isdigit() else text for key, text in parse_qsl(query)}
+    split_names = {key: (arguments.pop(key),) for key in _TIMM_SPLITS if key in arguments}
+    tried = split_names.get(split, _TIMM_SPLITS[split])
+    if prefix == "wds" and root is None:
+        root = name.partition("/")[2]
+    reasons = []
+    for split_name in tried:
+        try:
+            return create_dataset(name, root=root, split=split_name, **options, **arguments)
+        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+    raise ValueError(
+        f"--data {spec}: timm could not open its {split} split, tried as {', '.join(tried)}: "
+        f"{'; '.join(dict.fromkeys(reasons))}. "
+        f"Check the name and --data-root{f' {root}' if root else ''}; name another split with '?{split}=…', "
+        "and the source's columns with '?input_key=…&target_key=…'."
+    )

@@ -1,0 +1,85 @@
+"""Every width of an elastic model as one row: accuracy, costs and latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from slicevit.costs import model_input_size, width_costs
+from slicevit.data import TransformConfig
+from slicevit.elastic import ElasticModel
+from slicevit.evaluation.accuracy import Accuracy, Predictor, evaluate
+from slicevit.evaluation.latency import measure_latency
+from slicevit.evaluation.results import WidthResult
+
+
+def predictors(model: ElasticModel, widths: Iterable[Fraction]) -> dict[str, Predictor]:
+    """One bound stock module a width, named "1/4" and so on; `model.release()` gives their memory back."""
+    return {str(width): model.subnet(width) for width in widths}
+
+
+def measure_accuracy(
+    model: ElasticModel,
+    widths: Sequence[Fraction],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Accuracy]:
+    """Accuracy of every width, in one pass over `batches` of images (B, C, H, W) and classes (B,)."""
+    device = next(model.parameters()).device
+    try:
+        return evaluate(predictors(model, widths), batches, device, model.num_classes, progress)
+    finally:
+        model.release()
+
+
+def measure_widths_latency(model: ElasticModel, widths: Sequence[Fraction], seconds: float) -> dict[str, float]:
+    """Median milliseconds of one image at every width, the widths taken in turns."""
+    device = next(model.parameters()).device
+    image_1CHW = torch.zeros(1, *model_input_size(model), device=device)
+    try:
+        with torch.inference_mode():
+            calls = {name: partial(call, image_1CHW) for name, call in predictors(model, widths).items()}
+            return measure_latency(calls, seconds=seconds, device=device)
+    finally:
+        model.release()
+
+
+def result_rows(
+    model: ElasticModel,
+    accuracy: Mapping[str, Accuracy],
+    latency: Mapping[str, float],
+    transform: TransformConfig,
+    method: str,
+    trained: Iterable[Fraction],
+) -> list[WidthResult]:
+    """The rows of results.csv, narrowest first; `trained` are the widths that training visited."""
+    visited = set(trained)
+    rows = []
+    for name, scores in accuracy.items():
+        costs = width_costs(model, name)
+        rows.append(
+            WidthResult(
+                model=model.pretrained_cfg.get("architecture", ""),
+                method=method,
+                width=name,
+                trained=Fraction(name) in visited,
+                channels=costs.channels,
+                top1=scores.top1,
+                top1_err=100 - scores.top1,
+                top5=scores.top5,
+                top5_err=100 - scores.top5,
+                loss=scores.loss,
+                param_count=costs.params / 1e6,
+                gmacs=costs.macs / 1e9,
+                latency_ms=latency.get(name),
+                img_size=transform.img_size[1],
+                crop_pct=transform.crop_pct,
+                interpolation=transform.interpolation,
+                images=scores.images,
+            )
+        )
+    return sorted(rows, key=lambda row: Fraction(row.width))

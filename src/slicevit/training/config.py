@@ -1,0 +1,193 @@
+"""A training run's configuration: one flat dataclass, saved whole in the run's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from slicevit.families import AttnScale, Heads, Layout, Scope
+from slicevit.training.methods import METHODS, Draw, MethodName, Transfer
+from slicevit.training.objectives import Distillation
+from slicevit.widths import Isolation, WidthGrid, parse_fraction
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on. Fields left None follow the method (see `slicevit.training.methods`)."""
+
+    data: str = "fashion-mnist"
+    """The bundled set ("fashion-mnist"), a folder with train/ and val/ of class folders, or a timm dataset string."""
+    data_root: str | None = None
+    """Where a timm dataset string finds or caches its files."""
+
+    model: str = "vit_tiny_patch16_224"
+    """Any timm model of a registered family."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model, as key=value pairs: embed_dim=96 depth=6."""
+    init: str = "scratch"
+    """scratch, pretrained (timm's weights), or a folder that slicevit saved."""
+    grid: str = "1/4:1:1/16"
+    """Legal widths, smallest:largest:step."""
+    grid_change: str | None = None
+    """Another step from a share of the run on, such as 1/8@70% (the paper's fast interpolation)."""
+
+    method: MethodName = "scala"
+    """Which algorithm trains the widths."""
+    isolation: Isolation | None = None
+    """Which widths take trailing channels: smallest (the paper's), b, c, off, mirror (the published code)."""
+    transfer: Transfer | None = None
+    """Who teaches a narrower width: the next larger one (PKT), the full one, or nobody (off)."""
+    sampling: Draw | None = None
+    """How the widths of a step are drawn: stable (SS), free, one, or full."""
+    calibration: bool | None = None
+    """Whether narrower widths learn from labels too (NC)."""
+    layout: Layout = "per_head"
+    """Which channels of q, k and v a narrow width takes: per_head, per_projection, flat."""
+    attn_scale: AttnScale = "narrow"
+    """Attention is scaled by the narrow head width, or by the full one as in the published code."""
+    norm_eps: float | None = None
+    """Epsilon of every LayerNorm; the model's own by default."""
+    heads: Heads = "fixed"
+    """Narrow widths keep the head count (fixed), or drop whole heads (scaled)."""
+    scope: Scope | None = None
+    """All channels scale with the width, or the MLPs' alone."""
+    transfer_weight: float = 1.0
+    """λ, the weight of the KL term."""
+    transfer_ramp: float = 0.0
+    """Share of the run over which λ grows from 0 to its value."""
+    full_width_epochs: float = 0.0
+    """Epochs at the start that train the full width alone."""
+
+    teacher: str | None = None
+    """External teacher of the full width: a timm model (loaded with its weights) or a run's folder."""
+    distillation: Distillation = "hard"
+    """The teacher's best class (hard) or its distribution (soft)."""
+    teacher_share: float = 0.5
+    """Share of the teacher in the full width's loss."""
+
+    epochs: float = 20
+    """Passes over the training images; a fraction is allowed."""
+    batch_size: int = 128
+    """Images a step."""
+    lr: float = 2e-3
+    """Highest learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up of the learning rate."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay; none on biases, norms and what the model exempts."""
+    layer_decay: float | None = None
+    """Learning rate factor from block to block, for fine-tuning."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient of a step."""
+    drop_path: float = 0.0
+    """Stochastic depth."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights; 0 is off. With it, the average is what is evaluated and saved."""
+    amp: Literal["off", "bf16"] = "off"
+    """Autocast."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass."""
+
+    mixup: float = 0.0
+    """Mixup alpha."""
+    cutmix: float = 0.0
+    """CutMix alpha."""
+    smoothing: float = 0.0
+    """Label smoothing."""
+    crop: Literal["rrc", "pad", "center"] = "rrc"
+    """Training crop: random area and ratio, padding and shift (small images), or the central one."""
+    rrc_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the area of a random crop."""
+    hflip: float = 0.5
+    """Probability of a mirror image."""
+    rand_augment: str = ""
+    """timm's RandAugment string, such as rand-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    """Strength of colour jitter."""
+    random_erasing: float = 0.0
+    """Probability of erasing a rectangle."""
+    repeats: int = 1
+    """Repeated augmentation: how often an image comes in an epoch."""
+    max_bad_share: float = 0.01
+    """Share of unreadable images above which the run stops."""
+
+    eval_batch_size: int = 500
+    """Images a step of evaluation."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints, besides one an epoch; 0 is none."""
+    workers: int = 0
+    """Processes that load images."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves them as they are."""
+    seed: int = 0
+    """Everything random is drawn from it."""
+
+    def __post_init__(self) -> None:
+        WidthGrid.parse(self.grid)
+        self.change()
+        if self.method not in METHODS:
+            raise ValueError(f"--method {self.method} is not one of {', '.join(METHODS)}")
+        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        for name in (
+            "warmup_epochs",
+            "full_width_epochs",
+            "transfer_weight",
+            "transfer_ramp",
+            "workers",
+            "seed",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
+
+    def change(self) -> tuple[WidthGrid, float] | None:
+        """The grid of `grid_change` and the share of the run after which it comes. Raises ValueError."""
+        if self.grid_change is None:
+            return None
+        step, _, share = self.grid_change.partition("@")
+        if not share.endswith("%"):
+            raise ValueError(f"--grid-change {self.grid_change}: write a step and a share of the run, such as 1/8@70%")
+        old = WidthGrid.parse(self.grid)
+        portion = parse_fraction(share[:-1]) / 100
+        if not 0 < portion < 1:
+            raise ValueError(f"--grid-change {self.grid_change}: the share must lie between 0% and 100%")
+        return WidthGrid(old.smallest, old.largest, parse_fraction(step)), float(Fraction(portion))
+
+    def resolved(self) -> TrainConfig:
+        """The same with every field that follows the method filled in."""
+        method = METHODS[self.method]
+        own: dict[str, Any] = {
+            "isolation": method.isolation,
+            "transfer": method.transfer,
+            "sampling": method.draw,
+            "calibration": method.calibration,
+            "scope": method.scope,
+        }
+        return dataclasses.replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+    def slice_settings(self) -> dict[str, Any]:
+        """The fields of `SliceSettings`, resolved."""
+        resolved = self.resolved()
+        names = ("layout", "isolation", "attn_scale", "norm_eps", "heads", "scope")
+        return {name: getattr(resolved, name) for name in names}
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A configuration from config.json. Raises ValueError naming what this version does not know."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ValueError(f"config.json has training fields that this version does not know: {', '.join(unknown)}")
+    values = {key: tuple(value) if key == "rrc_scale" else value for key, value in values.items()}
+    return TrainConfig(**values)

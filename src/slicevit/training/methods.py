@@ -1,0 +1,47 @@
+"""The algorithms as settings of one training step.
+
+| method | widths of a step | narrower widths learn from | channels |
+|---|---|---|---|
+| scala | smallest, two sampled, full | labels and the next larger width | smallest isolated |
+| usnet | smallest, two sampled, full | the full width | leading |
+| autoformer | one, at random | labels | leading |
+| matformer | one, at random | labels | MLPs only, leading |
+| separate | each width trained alone | labels | |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from slicevit.families import Scope
+from slicevit.widths import Isolation
+
+Draw: TypeAlias = Literal["stable", "free", "one", "full"]
+Transfer: TypeAlias = Literal["next", "full", "off"]
+MethodName: TypeAlias = Literal["scala", "usnet", "autoformer", "matformer", "separate"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method switches on.
+
+    draw: how a step's widths are drawn (`sampling.draw_widths`).
+    transfer: which logits a narrower width is taught with: the next larger width's (PKT), the full width's, or none.
+    calibration: whether narrower widths also learn from labels (NC).
+    """
+
+    isolation: Isolation = "off"
+    draw: Draw = "one"
+    transfer: Transfer = "off"
+    calibration: bool = True
+    scope: Scope = "all"
+
+
+METHODS: dict[str, Method] = {
+    "scala": Method("smallest", "stable", "next", True),
+    "usnet": Method("off", "free", "full", False),
+    "autoformer": Method("off", "one", "off", True),
+    "matformer": Method("off", "one", "off", True, "mlp"),
+    "separate": Method("off", "full", "off", True),
+}

@@ -1,0 +1,76 @@
+"""Running losses of a run, kept on the device and read with a lag, so that no step waits for a log line."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAG = 10
+
+
+class LossMonitor:
+    """Sums of each width's loss since the epoch began, and the first step whose loss was not finite."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[Fraction, Tensor] = {}
+        self.counts: dict[Fraction, int] = {}
+        self._first_bad = torch.full((), -1, dtype=torch.long, device=device)
+        self._pending: tuple[dict[Fraction, Tensor], Tensor, Any] | None = None
+        self.shown: dict[Fraction, float] = {}
+
+    def add(self, step: int, losses: dict[Fraction, Tensor]) -> None:
+        """Take over the scalar losses of `step`."""
+        for width, loss in losses.items():
+            self.sums[width] = self.sums[width] + loss if width in self.sums else loss.clone()
+            self.counts[width] = self.counts.get(width, 0) + 1
+        finite = torch.stack([loss.float() for loss in losses.values()]).isfinite().all()
+        self._first_bad = torch.where((self._first_bad < 0) & ~finite, step, self._first_bad)
+        if step % LAG == 0:
+            self._snapshot(losses)
+
+    def _snapshot(self, losses: dict[Fraction, Tensor]) -> None:
+        host = {width: loss.to("cpu", non_blocking=True) for width, loss in losses.items()}
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+        flag = self._first_bad.to("cpu", non_blocking=True)
+        if done is not None:
+            done.record()
+        self._pending = host, flag, done
+
+    def lagged_bad_step(self) -> int | None:
+        """The first step without a finite loss, as far as the device has told; never waits."""
+        if self._pending is None:
+            return None
+        host, flag, done = self._pending
+        if done is not None and not done.query():
+            return None
+        self._pending = None
+        self.shown |= {width: float(loss) for width, loss in host.items()}
+        return int(flag) if int(flag) >= 0 else None
+
+    def bad_step(self) -> int | None:
+        """The first step without a finite loss; waits for the device."""
+        step = int(self._first_bad)
+        return step if step >= 0 else None
+
+    def means(self) -> dict[str, float]:
+        """Mean loss of every width visited since the epoch began."""
+        return {str(width): float(total) / self.counts[width] for width, total in self.sums.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.sums, self.counts = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {str(width): (total.cpu(), self.counts[width]) for width, total in self.sums.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.sums = {Fraction(name): total.to(self.device) for name, (total, _) in state.items()}
+        self.counts = {Fraction(name): count for name, (_, count) in state.items()}

@@ -1,0 +1,47 @@
+"""What a run shows on the screen."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainProgress:
+    """A bar with throughput, the loss of the narrowest and widest widths and the time left; lines where no terminal."""
+
+    def __init__(self, console: Console, total_steps: int, done: int, batch_size: int, label: str = "training"):
+        self.console, self.batch_size = console, batch_size
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task(label, total=total_steps, completed=done, rate="", loss="")
+
+    def __enter__(self) -> TrainProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def step(self, losses: dict[Fraction, float]) -> None:
+        """One optimizer step done; `losses` are the last known of each width."""
+        task = self._bar.tasks[0]
+        rate = f"{task.speed * self.batch_size:,.0f} img/s" if task.speed else ""
+        ends = sorted(losses)[:1] + sorted(losses)[-1:]
+        loss = "loss " + " ".join(f"{width}:{losses[width]:.2f}" for width in dict.fromkeys(ends)) if losses else ""
+        self._bar.update(self._task, advance=1, rate=rate, loss=loss)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.console.print(line, highlight=False)

@@ -1,0 +1,105 @@
+"""Run folders: starting, resuming, and what a finished run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+
+from rich.console import Console
+
+from slicevit.elastic import ElasticModel
+from slicevit.evaluation.frontier import load_run, plot_frontier
+from slicevit.evaluation.report import write_report
+from slicevit.evaluation.results import MetricsLog, WidthResult, read_metrics, read_results, write_results
+from slicevit.files import write_text
+from slicevit.training.config import TrainConfig, from_dict
+from slicevit.training.loop import Run
+from slicevit.training.setup import build_model, class_count, open_split
+from slicevit.widths import WidthGrid
+
+SEPARATE = "separate"
+
+
+def start(config: TrainConfig, folder: Path, console: Console | None = None) -> list[WidthResult]:
+    """Train a new run in `folder` and write its results, picture and page.
+
+    Raises ValueError when `folder` already holds a run, or for whatever in `config` cannot be had.
+    """
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or name another with --out")
+    return _train(config, folder, console or Console())
+
+
+def resume(folder: Path, console: Console | None = None) -> list[WidthResult]:
+    """Go on with the run in `folder` as if it had never stopped.
+
+    Raises ValueError when `folder` holds no run, or its files do not fit together.
+    """
+    return _train(read_train_config(folder), folder, console or Console())
+
+
+def read_train_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in `folder`. Raises ValueError when there is none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict(config["slicevit"]["training"])
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no run's folder: it has no config.json") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} describes no training run ({error!r})") from None
+
+
+def _train(config: TrainConfig, folder: Path, console: Console) -> list[WidthResult]:
+    if config.method == SEPARATE and len(WidthGrid.parse(config.grid)) > 1:
+        rows = _train_separately(config, folder, console)
+    else:
+        rows = Run(config, folder, console).train()
+    write_results(folder, rows)
+    write_pictures([folder])
+    return rows
+
+
+def _train_separately(config: TrainConfig, folder: Path, console: Console) -> list[WidthResult]:
+    """Each width alone, as a stock model of that width, in a run of its own below `folder`/separate."""
+    widths = list(WidthGrid.parse(config.grid))
+    metrics, rows = [], []
+    in_chans = int(config.model_args.get("in_chans", 3))
+    model = build_model(config, class_count(open_split(config, "train", in_chans)))
+    for width in widths:
+        part = folder / SEPARATE / str(width).replace("/", "-")
+        if not (part / "results.json").exists():
+            write_results(part, Run(_alone(config, model, width), part, console).train())
+        rows += [replace(row, width=str(width)) for row in read_results(part)]
+        metrics += [row | {"width": str(width)} for row in read_metrics(part) if row["width"] == "1"]
+    _describe(config, folder)
+    log = MetricsLog(folder)
+    log.truncate(-1)
+    log.append(sorted(metrics, key=lambda row: (row["epoch"], Fraction(row["width"]))))
+    return rows
+
+
+def _alone(config: TrainConfig, model: ElasticModel, width: Fraction) -> TrainConfig:
+    return replace(config, model_args=config.model_args | model.arguments(width), grid="1:1:1")
+
+
+def _describe(config: TrainConfig, folder: Path) -> None:
+    described = {"slicevit": {"grid": config.grid, "training": asdict(config.resolved())}}
+    write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def write_pictures(folders: Sequence[Path], out: Path | None = None) -> tuple[Path, Path]:
+    """frontier.png and report.html of the first run, compared with the others; returns their paths.
+
+    Raises ValueError when a folder holds no results.
+    """
+    records = [load_run(folder) for folder in folders]
+    target = out or folders[0]
+    target.mkdir(parents=True, exist_ok=True)
+    picture, page = target / "frontier.png", target / "report.html"
+    plot_frontier(records, picture)
+    write_report(records, page)
+    return picture, page

@@ -1,0 +1,198 @@
+"""What a run is made of: data, model, teacher, optimizer and schedule, each from the configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slicevit.checkpoint import from_pretrained
+from slicevit.costs import model_input_size
+from slicevit.data import ImageSet, StreamSet, TransformConfig, open_dataset
+from slicevit.elastic import ElasticModel, create_model
+from slicevit.training.config import TrainConfig
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is CUDA where there is one. Raises ValueError for a device that this machine has not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is here; use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown: use auto, cpu or cuda") from None
+
+
+def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
+    """The elastic model, initialised from the seed, or from what `init` names.
+
+    Raises ValueError for an unknown model, grid, width or `init`.
+    """
+    torch.manual_seed(config.seed)
+    args = dict(config.model_args) | {"num_classes": num_classes}
+    if config.drop_path:
+        args["drop_path_rate"] = config.drop_path
+    if config.init in ("scratch", "pretrained"):
+        pretrained = config.init == "pretrained"
+        try:
+            model = create_model(config.model, config.grid, pretrained, **config.slice_settings(), **args)
+        except TypeError as error:
+            raise ValueError(
+                f"--model-args {config.model_args} do not go with --model {config.model}: {error}"
+            ) from None
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--init pretrained: the weights of {config.model} cannot be had ({reason})") from None
+    else:
+        model = from_pretrained(config.init, grid=config.grid, **config.slice_settings())
+        if model.num_classes != num_classes:
+            model.reset_classifier(num_classes)
+    if "distilled" in config.model and hasattr(model._full, "set_distilled_training"):
+        model.set_distilled_training(True)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model.train()
+
+
+def transform_config(config: TrainConfig, model: ElasticModel) -> TransformConfig:
+    """How images reach `model`: its own mean, std and interpolation, the configuration's augmentation."""
+    cfg = model.pretrained_cfg
+    channels, height, width = model_input_size(model)
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    if channels != len(mean):
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    return TransformConfig(
+        img_size=(height, width),
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        interpolation=cfg["interpolation"],
+        crop_pct=1.0 if config.crop == "pad" else cfg["crop_pct"],
+        crop=config.crop,
+        scale=config.rrc_scale,
+        hflip=config.hflip,
+        rand_augment=config.rand_augment,
+        color_jitter=config.color_jitter,
+        random_erasing=config.random_erasing,
+    )
+
+
+def open_split(config: TrainConfig, split: str, in_chans: int) -> ImageSet | StreamSet:
+    """The train or val images. Raises ValueError naming --data."""
+    return open_dataset(config.data, split, root=config.data_root, in_chans=in_chans)
+
+
+def class_count(dataset: ImageSet | StreamSet) -> int:
+    """Number of classes. Raises ValueError when the data set does not say."""
+    if not dataset.num_classes:
+        raise ValueError(f"--data {dataset.spec} does not say how many classes it has: use a data set that does")
+    return dataset.num_classes
+
+
+def build_optimizer(config: TrainConfig, model: ElasticModel) -> Optimizer:
+    """timm's AdamW over the full parameters, with the model's own exemptions from weight decay."""
+    return create_optimizer_v2(
+        model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+    )
+
+
+def build_schedule(config: TrainConfig, optimizer: Optimizer, total_steps: int, epoch_steps: int) -> Scheduler:
+    """timm's cosine over `total_steps`, a function of the step number alone."""
+    warmup = min(round(config.warmup_epochs * epoch_steps), total_steps // 2)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=total_steps,
+        min_lr=config.min_lr,
+        warmup_lr=min(1e-6, config.lr),
+        warmup_epochs=warmup,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    assert schedule is not None
+    return schedule
+
+
+class Mixer:
+    """timm's Mixup and CutMix, drawn from numpy's global generator, which the loop seeds for every step."""
+
+    def __init__(self, config: TrainConfig, num_classes: int):
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images_BCHW: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and class indices (B,) or shares (B, K)."""
+        return (images_BCHW, targets_B) if self.mixup is None else self.mixup(images_BCHW, targets_B)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch and numpy from (seed, step): drop path, dropout and Mixup of a step depend on nothing else."""
+    state = np.random.SeedSequence((seed, step)).generate_state(2)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))
+
+
+class Teacher:
+    """A frozen external teacher: images (B, C, H, W) as the student sees them -> its logits (B, K)."""
+
+    def __init__(self, name: str, student: TransformConfig, num_classes: int, device: torch.device):
+        self.net, size, mean, std = _load_teacher(name)
+        if self.net.num_classes != num_classes:
+            raise ValueError(
+                f"--teacher {name} has {self.net.num_classes} classes and the data {num_classes}: "
+                "train the teacher on the same classes"
+            )
+        self.net.to(device).eval().requires_grad_(False)
+        self.size = size[1:] if tuple(size[1:]) != tuple(student.img_size) else None
+        if size[0] != student.in_chans:
+            raise ValueError(f"--teacher {name} takes {size[0]} channels and the student {student.in_chans}")
+
+        def column(values: Any) -> Tensor:
+            full = tuple(values) if len(tuple(values)) == size[0] else (sum(values) / len(tuple(values)),) * size[0]
+            return torch.tensor(full, device=device).view(1, -1, 1, 1)
+
+        self.gain = column(student.std) / column(std)
+        self.shift = (column(student.mean) - column(mean)) / column(std)
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        images = images_BCHW * self.gain + self.shift
+        if self.size is not None:
+            images = nn.functional.interpolate(images, size=self.size, mode="bicubic", antialias=True)
+        return self.net(images)
+
+
+def _load_teacher(name: str) -> tuple[Any, tuple[int, int, int], Any, Any]:
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "separate" / "1").is_dir():
+            folder = folder / "separate" / "1"
+        model: Any = from_pretrained(folder)
+        return model, model_input_size(model), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"--teacher {name} is neither a run's folder nor a timm model")
+    try:
+        net: Any = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--teacher {name}: its weights cannot be had ({str(error).splitlines()[0]})") from None
+    cfg = net.pretrained_cfg
+    return net, cfg["input_size"], cfg["mean"], cfg["std"]

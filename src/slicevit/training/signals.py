@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM ask a run to save and stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """A run was stopped by a signal after it saved its state.
+
+    Attributes:
+        folder: the run's folder. exit_status: 128 + the signal's number.
+    """
+
+    def __init__(self, folder: Path, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with: slicevit train --resume {folder}")
+        self.folder = folder
+        self.exit_status = 128 + signum
+
+
+class StopRequest:
+    """Within the block the first SIGINT or SIGTERM only sets `signum`; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum

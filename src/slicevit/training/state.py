@@ -1,0 +1,44 @@
+"""A run's checkpoint: all that resuming needs, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write checkpoint.pt beside the old one, flush it to the disk, then put it in its place.
+
+    Raises ValueError naming the file when the disk is full or not writable; the old checkpoint stays.
+    """
+    path = folder / CHECKPOINT
+    temporary = folder / f".{CHECKPOINT}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be written ({reason}): the previous checkpoint is kept; make room and run "
+            f"slicevit train --resume {folder}"
+        ) from None
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote, or None where there is none yet. Raises ValueError when it is broken."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile raise many kinds for a broken file
+        raise ValueError(f"{path} is broken ({' '.join(str(error).split())[:120]}): delete it to start again") from None
