@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +24,36 @@ class _Slot:
     def __init__(self, cut: Cut, source: dict[str, Any], mine: dict[str, Any], key: str):
         self.cut, self.source, self.mine, self.key = cut, source, mine, key
         self.shares = False
-        self.seen: tuple[int, int, int] | None = None
+        self.seen: tuple[int, int, int, int] | None = None
+        self._probe: Callable[[], int] | None = None
 
-    def stamp(self) -> tuple[int, int, int]:
-        """Changes whenever what is bound no longer holds the source's values."""
+    def stamp(self) -> tuple[int, int, int, int]:
+        """Changes whenever what is bound no longer holds the source's values.
+
+        A write through `.data` leaves no trace in the version; on a CPU one element of the source tells of it.
+        """
         tensor = self.source[self.key]
-        return id(tensor), tensor.data_ptr(), 0 if self.shares else tensor._version
+        version = 0 if self.shares else tensor._version
+        return id(tensor), tensor.data_ptr(), version, self._probe() if self._probe is not None else 0
 
     def fill(self) -> None:
         source = self.source[self.key].detach()
         narrow = self.cut(source)
         self.shares = narrow.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
         self.mine[self.key] = nn.Parameter(narrow, requires_grad=False) if self.is_parameter else narrow
+        self._probe = None if self.shares or source.device.type != "cpu" else _element(source)
         self.seen = self.stamp()
 
     @property
     def is_parameter(self) -> bool:
         return isinstance(self.source[self.key], nn.Parameter)
+
+
+def _element(tensor: Tensor) -> Callable[[], int]:
+    """Reads the bits of the middle element of a CPU tensor, as it is when called."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    middle = tensor.reshape(-1)[tensor.numel() // 2 :][:1]
+    return middle.view(bits).numpy().item
 
 
 class Binding:
@@ -77,7 +91,7 @@ class Binding:
         for slot in self.slots:
             tensor = slot.mine[slot.key].to("meta")
             slot.mine[slot.key] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
-            slot.seen = None
+            slot.seen = slot._probe = None
 
     def copy(self) -> nn.Module:
         """A stock module of this width with its own weights, in the subnet's mode."""
