@@ -1,10 +1,13 @@
 """slicevit: one Vision Transformer checkpoint that is every narrower one too."""
 
+from slicevit.version import __version__, check_installed
+
+check_installed()
+
 from slicevit.checkpoint import from_pretrained
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.families import Family, Fused, register_family
 from slicevit.published import load_scala_checkpoint
-from slicevit.version import __version__
 from slicevit.widths import WidthGrid
 
 __all__ = [

@@ -1,0 +1,183 @@
+"""The default demo against its baselines, each at its own best learning rate from the same search, three seeds.
+
+    python benchmarks/accuracy/demo.py --work runs/demo --jobs 2
+
+Every run is a folder below --work: a run that is there is not trained again, one that was stopped goes on. The
+search trains seed 0 at every learning rate and keeps the best mean top-1 over 1/4, 1/2, 3/4, 1; seeds 1 and 2 train
+at that rate. Differences come with paired 95 % intervals from a bootstrap over images and seeds.
+Ends with one JSON line, which --out also writes to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from slicevit import from_pretrained
+from slicevit.checkpoint import read_config
+from slicevit.data import eval_batches, eval_transform, open_dataset
+from slicevit.evaluation.accuracy import correct_per_image
+from slicevit.evaluation.results import read_results
+from slicevit.evaluation.statistics import paired_bootstrap
+from slicevit.training import runs
+from slicevit.training.config import TrainConfig
+from slicevit.training.evaluate import eval_config
+from slicevit.training.loop import Run
+from slicevit.training.presets import preset
+
+WIDTHS = ("1/4", "1/2", "3/4", "1")
+RATES = (1e-3, 2e-3, 4e-3)
+SEEDS = (0, 1, 2)
+
+
+def variants(share: float) -> dict[str, dict[str, Any]]:
+    """What each method changes in the demo's configuration; `share` is the equal-time share of its epochs."""
+    demo = preset("fashion")
+    separate = {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0}
+    return {
+        "scala": {},
+        "usnet": {"method": "usnet"},
+        "published": {"layout": "flat", "attn_scale": "full"},
+        "separate": separate,
+        "separate, equal time": separate | {"epochs": demo.epochs * share, "warmup_epochs": demo.warmup_epochs * share},
+    }
+
+
+def config(changes: dict[str, Any], rate: float, seed: int) -> TrainConfig:
+    """The demo with `changes`, evaluated at the end only, on one thread."""
+    quiet = {"eval_every": 10_000, "threads": 1, "lr": rate, "seed": seed}
+    return replace(preset("fashion"), **(quiet | changes))
+
+
+def train(job: tuple[dict[str, Any], float, int, Path]) -> None:
+    """One run, if it is not there yet."""
+    changes, rate, seed, folder = job
+    if (folder / "results.json").exists():
+        return
+    with open("/dev/null", "w") as quiet:
+        console = Console(file=quiet)
+        if (folder / "config.json").exists():
+            runs.resume(folder, console)
+        else:
+            runs.start(config(changes, rate, seed), folder, console)
+    print(f"{folder.name} {mean_top1(folder):.2f}", flush=True)
+
+
+def mean_top1(folder: Path) -> float:
+    """Mean top-1 over the four widths, in per cent."""
+    return float(np.mean([row.top1 for row in read_results(folder) if row.width in WIDTHS]))
+
+
+def correct(folder: Path) -> np.ndarray:
+    """Bool (4, N): whether each test image is right at each of the four widths."""
+    parts = {width: folder / "separate" / width.replace("/", "-") for width in WIDTHS}
+    separate = (folder / "separate").is_dir()
+    rows = []
+    for width in WIDTHS:
+        source = parts[width] if separate else folder
+        model = from_pretrained(source)
+        transform = eval_config(read_config(source)[0])
+        images = open_dataset("fashion-mnist", "val", in_chans=transform.in_chans)
+        batches = eval_batches(images, eval_transform(transform), 500)
+        net = model.subnet("1" if separate else width)
+        rows.append(correct_per_image(net, batches, "cpu").numpy())
+    return np.stack(rows)
+
+
+def equal_time_share(rounds: int = 12) -> float:
+    """Seconds of the demo's step over those of one step of every legal width alone, taken in turns, medians."""
+    torch.set_num_threads(1)
+    demo = config({}, 2e-3, 0)
+    elastic = Run(demo, Path("/nonexistent"))
+    alone = []
+    for width in elastic.model.widths:
+        args = demo.model_args | elastic.model.arguments(width)
+        alone.append(Run(replace(demo, method="separate", grid="1:1:1", model_args=args), Path("/nonexistent")))
+    images, targets = next(iter(elastic.loader.epoch(0)))
+    seconds: dict[int, list[float]] = {}
+    for round_ in range(rounds):
+        for index, run in enumerate([elastic, *alone]):
+            run.step = max(run.step, int(demo.full_width_epochs * run.loader.steps_per_epoch) + 1)
+            start = time.perf_counter()
+            run._train_step(images, targets)
+            if round_ > 1:
+                seconds.setdefault(index, []).append(time.perf_counter() - start)
+    medians = [float(np.median(seconds[index])) for index in sorted(seconds)]
+    return medians[0] / sum(medians[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    shared = args.work / "equal-time.json"
+    if not shared.exists():
+        shared.write_text(json.dumps({"share": equal_time_share()}))
+    share = json.loads(shared.read_text())["share"]
+    methods = variants(share)
+
+    def folder(name: str, rate: float, seed: int) -> Path:
+        return args.work / f"{name.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}"
+
+    with ProcessPoolExecutor(args.jobs) as pool:
+        search = [(methods[name], rate, 0, folder(name, rate, 0)) for rate in RATES for name in methods]
+        list(pool.map(train, search))
+        best = {name: max(RATES, key=lambda rate: mean_top1(folder(name, rate, 0))) for name in methods}
+        print("best learning rates:", best, flush=True)
+        rest = [
+            (methods[name], best[name], seed, folder(name, best[name], seed)) for seed in SEEDS[1:] for name in methods
+        ]
+        list(pool.map(train, rest))
+    right = {name: np.stack([correct(folder(name, best[name], seed)) for seed in SEEDS]) for name in methods}
+    report(args, right, best, share, folder)
+
+
+def report(
+    args: argparse.Namespace, right: dict[str, np.ndarray], best: dict[str, float], share: float, folder: Any
+) -> None:
+    """Print the table and the JSON line; `right` is bool (seeds, 4, N) by method."""
+    figures: dict[str, Any] = {}
+    for name, hits in right.items():
+        by_seed = 100 * hits.mean(axis=2)
+        versus = paired_bootstrap(right["scala"], hits) if name != "scala" else None
+        figures[name] = {
+            "lr": best[name],
+            "top1": dict(zip(WIDTHS, by_seed.mean(axis=0).round(2).tolist(), strict=True)),
+            "top1_std": dict(zip(WIDTHS, by_seed.std(axis=0, ddof=1).round(2).tolist(), strict=True)),
+            "mean": round(float(by_seed.mean()), 2),
+            "scala_minus_this": versus and [round(v, 2) for v in (versus.mean, versus.low, versus.high)],
+            "search": {f"{rate:g}": round(mean_top1(folder(name, rate, 0)), 2) for rate in RATES},
+        }
+        print(f"{name:22} lr {best[name]:g}  " + "  ".join(f"{v:.2f}" for v in figures[name]["top1"].values()), versus)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    line = json.dumps(
+        {
+            "benchmark": "accuracy/demo",
+            "commit": commit,
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "seeds": len(SEEDS),
+            "equal_time_share": round(share, 3),
+            "methods": figures,
+        }
+    )
+    if args.out:
+        args.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
