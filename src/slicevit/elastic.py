@@ -91,6 +91,7 @@ class ElasticModel(nn.Module):
         self.model_args = _recorded_args(model) | (model_args or {})
         self._family = family_of(model)
         self._replayed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._checkpointing = False
         self._reset_caches()
         self.training = model.training
         self._set_eps(model)
@@ -168,7 +169,7 @@ class ElasticModel(nn.Module):
         with skeleton.lock:
             skeletons.match_modes(skeleton.module, self._full)
             views = self._views(skeleton)
-            if getattr(self._full, "grad_checkpointing", False):
+            if self._checkpointing:
                 return _call_checkpointed(skeleton.module, views, method, args, kwargs)
             named = {f"net.{name}": view for name, view in views.items()}
             return torch.func.functional_call(Dispatch(skeleton.module), named, (method, *args), kwargs)
@@ -280,6 +281,7 @@ class ElasticModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass, at every width."""
         self._replay("set_grad_checkpointing", enable)
+        self._checkpointing = enable
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """A new head for `num_classes`, at every width. Subnets made before refuse to answer."""

@@ -18,6 +18,7 @@ from slicevit.files import write_text
 from slicevit.training.config import TrainConfig, from_dict
 from slicevit.training.loop import Run
 from slicevit.training.setup import build_model, class_count, open_split
+from slicevit.training.signals import Interrupted
 from slicevit.widths import WidthGrid
 
 SEPARATE = "separate"
@@ -69,13 +70,16 @@ def _train_separately(config: TrainConfig, folder: Path, console: Console) -> li
     metrics, rows = [], []
     in_chans = int(config.model_args.get("in_chans", 3))
     model = build_model(config, class_count(open_split(config, "train", in_chans)))
+    _describe(config, folder)
     for width in widths:
         part = folder / SEPARATE / str(width).replace("/", "-")
         if not (part / "results.json").exists():
-            write_results(part, Run(_alone(config, model, width), part, console).train())
+            try:
+                write_results(part, Run(_alone(config, model, width), part, console).train())
+            except Interrupted as stop:
+                raise Interrupted(folder, stop.signum) from None
         rows += [replace(row, width=str(width)) for row in read_results(part)]
         metrics += [row | {"width": str(width)} for row in read_metrics(part) if row["width"] == "1"]
-    _describe(config, folder)
     log = MetricsLog(folder)
     log.truncate(-1)
     log.append(sorted(metrics, key=lambda row: (row["epoch"], Fraction(row["width"]))))

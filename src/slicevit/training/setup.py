@@ -60,7 +60,7 @@ def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
         model = from_pretrained(config.init, grid=config.grid, **config.slice_settings())
         if model.num_classes != num_classes:
             model.reset_classifier(num_classes)
-    if "distilled" in config.model and hasattr(model._full, "set_distilled_training"):
+    if hasattr(model._full, "set_distilled_training"):
         model.set_distilled_training(True)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)

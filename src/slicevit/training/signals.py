@@ -13,12 +13,12 @@ class Interrupted(Exception):
     """A run was stopped by a signal after it saved its state.
 
     Attributes:
-        folder: the run's folder. exit_status: 128 + the signal's number.
+        folder: the run's folder. signum: the signal. exit_status: 128 + the signal's number.
     """
 
     def __init__(self, folder: Path, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}; go on with: slicevit train --resume {folder}")
-        self.folder = folder
+        self.folder, self.signum = folder, signum
         self.exit_status = 128 + signum
 
 
