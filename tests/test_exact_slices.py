@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -126,6 +126,17 @@ CASES = [
     Case("pvt_v2", "pvt_v2", "pvt_v2_b0", (1, 2, 3, 4), 64, 2, kwargs=_PVT, shallow=_SHALLOW_PVT),
 ]
 CASE = {case.id: case for case in CASES}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With several threads MKL splits a product by the strides of its operands too, and sums in another order:
+    a view and its contiguous copy then differ in the last bit, in plain `F.linear` as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 each_x = pytest.mark.parametrize("x", GRIDS, ids=lambda x: f"X{x}")
@@ -411,6 +422,20 @@ def test_features_head_and_intermediates_are_equal_to_the_bit(case: Case) -> Non
         )
 
 
+def test_more_threads_change_no_more_than_rounding() -> None:
+    case, n, widths = CASE["eva02_fused"], GRIDS[13], widths_of(grid_text(13))
+    model = case.elastic(n, grid_text(13))
+    full = distinct(model.state_dict())
+    model.load_state_dict(full)
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        for width in widths[::3]:
+            stock = case.stock(n, width)
+            stock.load_state_dict(case.sliced(full, width, trails(width, widths, "smallest")))
+            logits = model(case.images(), width=width)
+            torch.testing.assert_close(logits, stock(case.images()), rtol=1e-5, atol=1e-5)
+
+
 def test_one_width_has_many_spellings_and_order_does_not_matter() -> None:
     model, _ = CASE["vit"].cached_elastic()
     images = CASE["vit"].images()
@@ -544,7 +569,7 @@ def vits(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(vit=vits())
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -144,11 +144,11 @@ class ElasticModel(nn.Module):
 
     # Running
 
-    def forward(self, images: Tensor, *args: Any, width: Width | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, images: Tensor, width: Width | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, K) of images (B, C, H, W) at `width` (default: full)."""
         return self._run("forward", width, images, *args, **kwargs)
 
-    def forward_features(self, images: Tensor, *args: Any, width: Width | None = None, **kwargs: Any) -> Tensor:
+    def forward_features(self, images: Tensor, width: Width | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """timm's unpooled features of images (B, C, H, W) at `width`; a ViT's are (B, N, width * embed_dim)."""
         return self._run("forward_features", width, images, *args, **kwargs)
 
