@@ -14,8 +14,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from timm.models._hub import save_config_for_hf
 
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
@@ -33,6 +33,7 @@ def save_pretrained(
     data_config: dict[str, Any] | None = None,
     label_names: list[str] | None = None,
     extra: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> None:
     """Write config.json, model.safetensors (timm's keys, full width) and a model card into `folder`.
 
@@ -40,16 +41,32 @@ def save_pretrained(
         data_config: timm's preprocessing (mean, std, interpolation, crop_pct) when it is not the model's default.
         label_names: class names, in the order of the logits.
         extra: further JSON entries below "slicevit" in config.json.
+        name: the Hub repository that the model card names.
 
     Each file is written whole or not at all, the weights before the configuration that describes them.
     Raises ValueError when an argument of the model has no place in JSON.
     """
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError("a model that was built from its class has no name in timm: make it with timm.create_model")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = {"version": __version__, "grid": str(model.grid), **asdict(model.settings), **(extra or {})}
     config: dict[str, Any] = {"slicevit": described}
     if label_names:
         config["label_names"] = list(label_names)
+    try:
+        _stage(model, folder, config, data_config, name)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror or error}): what it held is kept") from None
+
+
+def _stage(
+    model: ElasticModel,
+    folder: Path,
+    config: dict[str, Any],
+    data_config: dict[str, Any] | None,
+    name: str | None,
+) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         staged = Path(staging)
         save_config_for_hf(
@@ -60,19 +77,16 @@ def save_pretrained(
             model_args=_unchanging(model),
         )
         save_weights(model, staged)
-        (staged / CARD).write_text(model_card(model, json.loads((staged / CONFIG).read_text())), encoding="utf-8")
-        for name in (WEIGHTS, CONFIG, CARD):
-            os.replace(staged / name, folder / name)
+        (staged / CARD).write_text(model_card(model, json.loads((staged / CONFIG).read_text()), name), encoding="utf-8")
+        for file in (WEIGHTS, CONFIG, CARD):
+            os.replace(staged / file, folder / file)
 
 
 def save_weights(model: ElasticModel, folder: Path) -> None:
     """Write model.safetensors alone, whole or not at all. Raises ValueError when the disk does not take it."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with replacing(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be written ({error}): the previous weights are kept") from None
+    with replacing(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(serialised(tensors))
 
 
 def _unchanging(model: ElasticModel) -> dict[str, Any]:
@@ -99,9 +113,12 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder_or_id} is neither a folder nor a reachable Hub repository ({reason})") from None
     try:
-        return json.loads(paths[0].read_text(encoding="utf-8")), paths[1]
-    except json.JSONDecodeError as error:
+        config = json.loads(paths[0].read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{paths[0]} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{paths[0]} is not a JSON object")
+    return config, paths[1]
 
 
 def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
@@ -109,20 +126,21 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
 
     Args:
         folder_or_id: a folder, or a Hub repository such as "owner/name".
-        settings: `grid` and fields of `SliceSettings` that override the saved ones.
+        settings: `grid`, fields of `SliceSettings` and timm's own arguments, over the saved ones.
 
     Raises ValueError when it is no slicevit model, or its files are missing, broken or do not fit together.
     """
     config, weights = read_config(folder_or_id)
     if "slicevit" not in config:
         raise ValueError(f"{folder_or_id} is not a slicevit model: its {CONFIG} has no 'slicevit' entry")
-    described = {
-        name: config["slicevit"][name] for name in ("grid", *(field.name for field in fields(SliceSettings)))
-    } | settings
-    model_args = _tuples(config.get("model_args", {})) | {"num_classes": config["num_classes"]}
-    model = create_model(
-        config["architecture"], **described, **model_args, pretrained_cfg_overlay=config["pretrained_cfg"]
-    )
+    try:
+        names = ("grid", *(field.name for field in fields(SliceSettings)))
+        described = {name: config["slicevit"][name] for name in names} | settings
+        model_args = _tuples(config.get("model_args", {})) | {"num_classes": config["num_classes"]}
+        overlay = config["pretrained_cfg"]
+        model = create_model(config["architecture"], **described, **model_args, pretrained_cfg_overlay=overlay)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder_or_id}: its {CONFIG} does not describe a model ({error!r})") from None
     try:
         model.load_state_dict(load_file(weights))
     except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
@@ -150,5 +168,5 @@ def push_to_hub(
     api = HfApi(token=token, library_name="slicevit", library_version=__version__)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
+        save_pretrained(model, folder, name=repo.repo_id)
         return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import difflib
+import io
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
 from slicevit.training.config import TrainConfig
 from slicevit.training.presets import PRESETS, preset
+
+T = TypeVar("T")
 
 COMMANDS = {
     "train": "train a model that is every narrower one too",
@@ -48,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         {"train": _train, "eval": _eval, "report": _report, "export": _export, "import": _import}[command](rest)
     except ValueError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or command}: {error.strerror or error}; what was saved before is kept")
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_status)
@@ -74,12 +82,31 @@ def _key_values(text: list[str]) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    import ast
-
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _parse(kind: type[T], arguments: list[str], command: str, **options: Any) -> T:
+    """tyro's parser, with what it refuses as one sentence. Raises ValueError."""
+    known = {f"--{field.name.replace('_', '-')}" for field in fields(kind)} | {"--help"}  # type: ignore[arg-type]
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, 1)
+            raise ValueError(f"{flag} is no option of slicevit {command}" + (f"; near it: {near[0]}" if near else ""))
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            return tyro.cli(kind, args=arguments, prog=f"slicevit {command}", **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    said = [line.strip("│╭╰─╯╮ ").strip() for line in refused.getvalue().splitlines()]
+    rule = next((index for index, line in enumerate(said[1:], 1) if not line), len(said))
+    sentence = " ".join(said[1:rule]) or "its options cannot be read"
+    raise ValueError(f"{sentence} (slicevit {command} --help lists the options)")
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -120,37 +147,34 @@ def _train(arguments: list[str]) -> None:
     else:
         name, arguments = _take_option(arguments, "--preset")
         out, arguments = _take_option(arguments, "--out")
-        config = _parse_train(arguments, name or "fashion")
-        folder = Path(out) if out else _new_folder(name or "fashion", config.method)
+        config = _parse_train(arguments, name)
+        folder = Path(out) if out else _new_folder(config)
         rows = runs.start(config, folder, console)
     _print_results(console, rows, folder)
 
 
-def _parse_train(arguments: list[str], name: str) -> TrainConfig:
-    from dataclasses import replace
-
-    default = preset(name)
+def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     model_args, arguments = _take_model_args(arguments)
-    if model_args is not None:
-        default = replace(default, model_args=default.model_args | model_args)
-    if "--model" in arguments and model_args is None and default.model_args:
-        default = replace(default, model_args={})
+    if name is None:
+        name = "own-data" if _gives(arguments, "--data") or _gives(arguments, "--model") else "fashion"
+    default = preset(name)
+    own = {} if _gives(arguments, "--model") else default.model_args  # a preset's arguments are its model's
+    default = replace(default, model_args=own | (model_args or {}))
     description = (
         "Train one network whose width can be cut at run time. Further flags: --preset "
         f"{{{','.join(PRESETS)}}}, --out FOLDER, --resume RUN, --model-args key=value ..."
     )
-    return tyro.cli(
-        TrainConfig,
-        args=arguments,
-        default=default,
-        prog="slicevit train",
-        description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return _parse(TrainConfig, arguments, "train", default=default, description=description, config=config)
 
 
-def _new_folder(preset_name: str, method: str) -> Path:
-    return Path("runs") / f"{preset_name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _gives(arguments: list[str], flag: str) -> bool:
+    return any(argument == flag or argument.startswith(flag + "=") for argument in arguments)
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    data = Path(config.data.split("?")[0]).name
+    return Path("runs") / f"{data}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _print_results(console: Console, rows: list[Any], folder: Path) -> None:
@@ -179,6 +203,8 @@ class EvalArgs:
     """Images a step."""
     workers: int = 0
     """Processes that load images."""
+    max_bad_share: float = 0.01
+    """Share of unreadable images above which it stops."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -186,11 +212,9 @@ class EvalArgs:
 def _eval(arguments: list[str]) -> None:
     from slicevit.training.evaluate import evaluate_run
 
-    args = tyro.cli(EvalArgs, args=arguments, prog="slicevit eval")
+    args = _parse(EvalArgs, arguments, "eval")
     console = Console()
-    rows, saved = evaluate_run(
-        args.run, args.data, args.data_root, args.width, args.batch_size, args.workers, args.device
-    )
+    rows, saved = evaluate_run(**vars(args))
     from slicevit.evaluation.results import results_table
 
     console.print(results_table(rows, str(args.run)))
@@ -211,7 +235,7 @@ class ReportArgs:
 def _report(arguments: list[str]) -> None:
     from slicevit.training.runs import write_pictures
 
-    args = tyro.cli(ReportArgs, args=arguments, prog="slicevit report")
+    args = _parse(ReportArgs, arguments, "report")
     if not args.runs:
         raise ValueError("report needs the folder of at least one run")
     picture, page = write_pictures(args.runs, args.out)
@@ -235,7 +259,7 @@ class ExportArgs:
 def _export(arguments: list[str]) -> None:
     from slicevit.export.timm_folder import export_timm
 
-    args = tyro.cli(ExportArgs, args=arguments, prog="slicevit export")
+    args = _parse(ExportArgs, arguments, "export")
     error = export_timm(args.run, args.out, args.width)
     print(f'{args.out}: timm.create_model("local-dir:{args.out}", pretrained=True); largest logit error {error:.1e}')
 
@@ -252,12 +276,14 @@ class ImportArgs:
     """The timm model that it is."""
     grid: str = "1/4:1:1/16"
     """The grid that it was trained on."""
+    weights: Literal["model", "model_ema"] = "model"
+    """Which of the file's weights."""
 
 
 def _import(arguments: list[str]) -> None:
     from slicevit.published import load_scala_checkpoint
 
-    args = tyro.cli(ImportArgs, args=arguments, prog="slicevit import")
-    model = load_scala_checkpoint(args.file, args.model, args.grid)
+    args = _parse(ImportArgs, arguments, "import")
+    model = load_scala_checkpoint(args.file, args.model, args.grid, args.weights)
     model.save_pretrained(args.out)
     print(f"{args.out}: {len(model.widths)} widths of {args.model}")

@@ -21,7 +21,7 @@ class Costs:
         channels: embedding width.
         params: parameters.
         macs: multiply-accumulates of a forward pass; matrix products and convolutions, attention included.
-        activations: float32 bytes that a training step keeps for the backward pass, per image.
+        activations: bytes that a float32 training step keeps for the backward pass, weights not counted.
     """
 
     channels: int
@@ -40,13 +40,15 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
     embed_dim = getattr(module, "embed_dim", None) or module.num_features
     params = sum(parameter.numel() for parameter in module.parameters())
     size = input_size or model_input_size(model)
-    on_meta = model._build_skeleton(legal).module.to("meta").train()
+    on_meta = model._build_skeleton(legal).module.to("meta").eval()
     image = torch.zeros(1, *size, device="meta")
-    saved: dict[int, int] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in on_meta.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            saved[id(tensor.untyped_storage())] = tensor.numel() * 4
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
         return tensor
 
     with (
@@ -55,7 +57,9 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
     ):
         output = on_meta(image)
     del output
-    return Costs(int(embed_dim), params, counter.get_total_flops() // 2, sum(saved.values()))
+    return Costs(
+        int(embed_dim), params, counter.get_total_flops() // 2, sum(storage.nbytes() for storage in kept.values())
+    )
 
 
 def model_input_size(model: ElasticModel) -> tuple[int, int, int]:

@@ -203,7 +203,7 @@ class ElasticModel(nn.Module):
         """
         legal = self.width(width)
         with self._lock:
-            if legal not in self._subnets:
+            if legal not in self._subnets or not self._subnets[legal].fits:
                 self._subnets[legal] = subnet.make_subnet(self, legal)
             return self._subnets[legal].bind()
 

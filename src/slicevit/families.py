@@ -250,7 +250,7 @@ def slicing_rules(
 def _owners(name: str) -> Iterable[tuple[str, str]]:
     parts = name.split(".")
     for depth in (1, 2):
-        if len(parts) > depth:
+        if len(parts) >= depth:
             yield ".".join(parts[:-depth]), ".".join(parts[-depth:])
 
 

@@ -11,12 +11,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` when the block ends without an error.
 
     Folders on the way are made. After an error the temporary file is gone and `path` is as it was.
+    Raises ValueError naming `path` when the disk does not take it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}): what it held is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -27,7 +27,7 @@ logits = model(images, width="{smallest}")   # any of: {widths}
 small = model.to_timm("{smallest}")          # a stock timm module of its own
 ```
 
-timm alone loads the full width: `timm.create_model("hf-hub:{name}", pretrained=True)`.
+{timm}
 
 | width | channels | parameters | MACs |
 |---|---|---|---|
@@ -37,8 +37,11 @@ Slicing: {settings}. Method: *Slicing Vision Transformer for Flexible Inference*
 arXiv 2412.04786).
 """
 
+_STOCK = """timm alone loads the full width: `timm.create_model("hf-hub:{name}", pretrained=True)`."""
+_CHANGED = """Its LayerNorm epsilon is not timm's: for timm alone, cut a width out with `slicevit export`."""
 
-def model_card(model: ElasticModel, config: dict[str, Any], name: str = "owner/name") -> str:
+
+def model_card(model: ElasticModel, config: dict[str, Any], name: str | None = None) -> str:
     """A model card with how to load the model and what every width costs."""
     rows = []
     for width in model.widths:
@@ -52,7 +55,8 @@ def model_card(model: ElasticModel, config: dict[str, Any], name: str = "owner/n
         grid=described["grid"],
         classes=config["num_classes"],
         size=f"{height} x {width_px} pixels, {channels} channel{'s' if channels > 1 else ''}",
-        name=name,
+        name=name or "owner/name",
+        timm=_STOCK.format(name=name or "owner/name") if model.settings.norm_eps is None else _CHANGED,
         smallest=model.widths[0],
         widths=", ".join(map(str, model.widths)),
         rows="\n".join(rows),

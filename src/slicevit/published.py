@@ -43,8 +43,9 @@ def load_scala_checkpoint(
     """
     state = _read(Path(file), weights)
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
-    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-    timm_kwargs = {"num_classes": classes} | timm_kwargs
+    if "head.weight" not in state:
+        raise ValueError(f"{file} has no head.weight: it is not a classifier of the published code")
+    timm_kwargs = {"num_classes": state["head.weight"].shape[0]} | timm_kwargs
     elastic = create_model(model, grid, **PUBLISHED, **timm_kwargs)
     try:
         elastic.load_state_dict(state)

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slicevit.families import AttnScale, Family, Layout, slicing_rules
 from slicevit.slicing import Plan, make_plan
@@ -45,21 +45,29 @@ class Dispatch(nn.Module):
         return getattr(self.net, method)(*args, **kwargs)
 
 
-def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module whose parameters are on `meta` and whose buffers are real, without drawing random numbers.
+class _NoInitialisation(TorchFunctionMode):
+    """Parameters are made but not filled, and no random number is drawn. Holds for the current thread alone."""
 
-    Falls back to a real build where a constructor computes its buffers from its parameters' device.
-    """
-    try:
-        with init_empty_weights(include_buffers=False):
-            module = build()
-    except (NotImplementedError, RuntimeError):  # torch: no data to copy out of a meta tensor
-        module = None
-    if module is None or any(buffer.is_meta for buffer in module.buffers()):
-        with torch.random.fork_rng(devices=[]):
-            module = build()
-        for owner, name, parameter in own_parameters(module):
-            owner._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    RANDOM = frozenset({"uniform_", "normal_", "erfinv_", "bernoulli_", "exponential_"})
+    FILLING = RANDOM | {"zero_", "fill_", "mul_", "add_", "sub_", "div_", "clamp_", "copy_"}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in self.FILLING or getattr(func, "__module__", "") == "torch.nn.init":
+            target = args[0] if args else kwargs["tensor"]
+            if name not in self.FILLING - self.RANDOM or isinstance(target, nn.Parameter):
+                return target
+        if name in ("randn", "rand"):
+            return torch.zeros(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module whose parameters are on `meta` and whose buffers are real."""
+    with _NoInitialisation():
+        module = build()
+    for owner, name, parameter in own_parameters(module):
+        owner._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
     return module
 
 

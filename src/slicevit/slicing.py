@@ -61,7 +61,10 @@ class Cut:
         narrow = full.view(self.expanded)
         for axis, start, length in self.takes:
             narrow = narrow.narrow(axis, start, length)
-        narrow = narrow.reshape(self.shape)
+        if self.expanded != self.full_shape:
+            narrow = narrow.reshape(self.shape)
+            if narrow.stride(-1) != 1:  # heads one channel wide: still a view, but one that slows every product
+                narrow = narrow.contiguous()
         if self.gain != 1.0:
             narrow = torch.cat((narrow[: self.gain_rows] * self.gain, narrow[self.gain_rows :]))
         return narrow

@@ -36,6 +36,7 @@ class _Slot:
         version = 0 if self.shares else tensor._version
         return id(tensor), tensor.data_ptr(), version, self._probe() if self._probe is not None else 0
 
+    @torch.inference_mode(False)
     def fill(self) -> None:
         source = self.source[self.key].detach()
         narrow = self.cut(source)
@@ -62,6 +63,14 @@ class Binding:
     def __init__(self, model: ElasticModel, width: Fraction, module: nn.Module, slots: list[_Slot]):
         self.model, self.width, self.module, self.slots = model, width, module, slots
         self.bound = False
+        self._tree = [
+            (owner._modules, key, child) for owner in model._full.modules() for key, child in owner._modules.items()
+        ]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the full model still consists of the modules that this subnet was made from."""
+        return all(modules.get(key) is child for modules, key, child in self._tree)
 
     def bind(self) -> nn.Module:
         """Fill every slot that is not current, and give the module."""
@@ -72,9 +81,9 @@ class Binding:
 
     def refresh(self) -> None:
         """Take over weights that changed since. Raises RuntimeError when the subnet was released."""
-        if not self.bound:
+        if not self.bound or not self.fits:
             raise RuntimeError(
-                f"this subnet was released, or the model's head or input size changed since it was made: "
+                f"this subnet was released, or a part of the model was replaced since it was made: "
                 f"call subnet('{self.width}') again"
             )
         moved = False
@@ -98,6 +107,10 @@ class Binding:
         return self.model.to_timm(self.width).train(self.module.training)
 
 
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
 class _Bound:
     """What a subnet does besides its stock class: never answer with stale weights, save its own size only."""
 
@@ -111,7 +124,7 @@ class _Bound:
         return state
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._binding.copy().__reduce_ex__(protocol)
+        return _itself, (self._binding.copy(),)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise RuntimeError(

@@ -228,7 +228,7 @@ def test_too_many_unreadable_images(make_folder, workers, capfd):
     with pytest.raises(ValueError, match=r"4 or more of its 30 images .*13\.33%, above the 10\.00%") as caught:
         list(loader(folder, max_bad_share=0.1, workers=workers, batch_size=2).epoch(0))
     assert str(caught.value).count(".jpg (") == 3
-    assert "Restore or delete these files, or raise max_bad_share" in str(caught.value)
+    assert "Restore or delete these files, or raise --max-bad-share" in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -82,11 +82,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half_then_fail)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(ValueError, match=r"results.csv cannot be written \(no space"):
             write_results(tmp_path, ROWS[:1])
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("replace failed")))
-        with pytest.raises(OSError, match="replace failed"):
+        with pytest.raises(ValueError, match="replace failed"):
             write_results(tmp_path, ROWS[:1])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

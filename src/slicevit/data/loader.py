@@ -168,7 +168,7 @@ class _BadImages:
             raise ValueError(
                 f"--data {self._spec}: {len(self.known)} or more of its {self._images} images cannot be read "
                 f"({share:.2%}, above the {self._max_share:.2%} allowed), such as {examples}. "
-                "Restore or delete these files, or raise max_bad_share."
+                "Restore or delete these files, or raise --max-bad-share."
             )
         if new:
             _logger.warning("unreadable, %s: %s", self._fate, "; ".join(new.values()))
@@ -289,7 +289,7 @@ def _stack(samples: list[tuple[Tensor, int]]) -> Batch:
 def _loader(batches: Dataset, workers: int, **options: Any) -> DataLoader:
     # a generator of its own, because DataLoader else draws its workers' seed from the caller's
     options.setdefault("generator", torch.Generator())
-    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=_ignore_interrupts, **options)
+    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=_ignore_signals, **options)
 
 
 def _run(loader: DataLoader, bad: _BadImages) -> Iterator[Batch]:
@@ -303,8 +303,10 @@ def _run(loader: DataLoader, bad: _BadImages) -> Iterator[Batch]:
         del iterator  # ends the worker processes now, even while an error's traceback still holds this frame
 
 
-def _ignore_interrupts(worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker_id: int) -> None:
+    """A signal to the whole process group is the parent's to answer."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _hash64(*numbers: int) -> int:

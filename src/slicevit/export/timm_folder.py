@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from slicevit.checkpoint import CONFIG, WEIGHTS, from_pretrained, read_config
+from slicevit.checkpoint import CARD, CONFIG, WEIGHTS, from_pretrained, read_config
 from slicevit.costs import model_input_size
 from slicevit.files import replacing
 from slicevit.widths import Width
@@ -48,7 +49,7 @@ def export_timm(run: str | Path, out: str | Path, width: Width) -> float:
     if model.settings.norm_eps is not None:
         _fold_eps(state, alone, model.settings.norm_eps)
     with replacing(out / WEIGHTS) as temporary:
-        save_file(state, temporary)
+        temporary.write_bytes(serialised(state))
     with replacing(out / CONFIG) as temporary:
         save_config_for_hf(
             alone,
@@ -56,7 +57,18 @@ def export_timm(run: str | Path, out: str | Path, width: Width) -> float:
             model_config=extra,
             model_args={k: v for k, v in arguments.items() if k not in read_off},
         )
-    return _check(alone, out, model_input_size(model))
+    error = _check(alone, out, model_input_size(model))
+    with replacing(out / CARD) as temporary:
+        temporary.write_text(_card(config["architecture"], legal, out.name), encoding="utf-8")
+    return error
+
+
+def _card(architecture: str, width: Fraction, name: str) -> str:
+    return (
+        f"---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [timm, slicevit]\n---\n"
+        f"# {architecture} at width {width}\n\nCut out of a sliceable model by slicevit; a plain timm model.\n\n"
+        f'```python\nimport timm\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True)\n```\n'
+    )
 
 
 def _fold_eps(state: dict[str, torch.Tensor], module: Any, eps: float) -> None:

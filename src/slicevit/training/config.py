@@ -22,6 +22,9 @@ class TrainConfig:
     data_root: str | None = None
     """Where a timm dataset string finds or caches its files."""
 
+    num_classes: int | None = None
+    """Number of classes, where the data set does not say (WebDataset shards)."""
+
     model: str = "vit_tiny_patch16_224"
     """Any timm model of a registered family."""
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -148,8 +151,14 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
+        for name in ("ema_decay", "drop_path", "smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("teacher_share", "max_bad_share", "hflip", "random_erasing", "transfer_ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
 
     def change(self) -> tuple[WidthGrid, float] | None:
         """The grid of `grid_change` and the share of the run after which it comes. Raises ValueError."""

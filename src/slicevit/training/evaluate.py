@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,38 +13,69 @@ from slicevit.elastic import ElasticModel
 from slicevit.evaluation.results import WidthResult, write_results
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.loop import LATENCY_SECONDS
-from slicevit.training.runs import SEPARATE
+from slicevit.training.runs import SEPARATE, read_train_config
 from slicevit.training.setup import pick_device
 from slicevit.widths import FULL, WidthGrid, parse_fraction
 
 
 def evaluate_run(
     run: Path,
-    data: str | None,
-    data_root: str | None,
-    width: str | None,
-    batch_size: int,
-    workers: int,
-    device: str,
+    data: str | None = None,
+    data_root: str | None = None,
+    width: str | None = None,
+    batch_size: int = 500,
+    workers: int = 0,
+    max_bad_share: float = 0.01,
+    device: str = "auto",
 ) -> tuple[list[WidthResult], bool]:
     """Rows for every legal width, or for one, and whether they were written into the run's results.
 
     Only a whole evaluation on the run's own data is written. A `width` off the grid is evaluated and labelled
     as not trained. Raises ValueError for a folder, data set or width that cannot be had.
     """
+    options = (data, data_root, batch_size, workers, max_bad_share, device)
     if (run / SEPARATE).is_dir():
-        raise ValueError(f"{run} holds separately trained widths: evaluate one of the folders in {run / SEPARATE}")
+        rows = _separate_rows(run, width, *options)
+    else:
+        rows = _rows(run, width, *options)
+    own = data is None and width is None
+    if own:
+        write_results(run, rows)
+    return rows, own
+
+
+def _separate_rows(run: Path, width: str | None, *options: Any) -> list[WidthResult]:
+    """The rows of a run whose widths were trained one by one."""
+    names = [str(w) for w in WidthGrid.parse(read_train_config(run).grid)]
+    if width is not None:
+        asked = str(parse_fraction(width))
+        if asked not in names:
+            raise ValueError(f"--width {width}: {run} holds the widths {', '.join(names)}, each trained alone")
+        names = [asked]
+    return [
+        replace(row, width=name)
+        for name in names
+        for row in _rows(run / SEPARATE / name.replace("/", "-"), None, *options)
+    ]
+
+
+def _rows(
+    run: Path,
+    width: str | None,
+    data: str | None,
+    data_root: str | None,
+    batch_size: int,
+    workers: int,
+    max_bad_share: float,
+    device: str,
+) -> list[WidthResult]:
     config, _ = read_config(run)
-    described: dict[str, Any] = config.get("slicevit", {})
-    training = described.get("training", {})
+    training = config.get("slicevit", {}).get("training", {})
     model = from_pretrained(run)
     trained = set(model.widths)
     widths = list(model.widths)
     if width is not None:
-        asked = parse_fraction(width)
-        if asked not in model.grid:
-            model.set_grid(_grid_through(model, asked, width))
-        widths = [model.width(asked)]
+        widths = [_asked_width(model, width)]
     spec = data or training.get("data")
     if spec is None:
         raise ValueError(f"{run} does not say which data it was trained on: name one with --data")
@@ -52,13 +84,10 @@ def evaluate_run(
     if dataset.num_classes and dataset.num_classes != model.num_classes:
         raise ValueError(f"--data {spec} has {dataset.num_classes} classes and the model in {run} {model.num_classes}")
     model.to(pick_device(device))
-    scores = measure_accuracy(model, widths, eval_batches(dataset, eval_transform(transform), batch_size, workers))
+    batches = eval_batches(dataset, eval_transform(transform), batch_size, workers, max_bad_share)
+    scores = measure_accuracy(model, widths, batches)
     latency = measure_widths_latency(model, widths, LATENCY_SECONDS)
-    rows = result_rows(model, scores, latency, transform, training.get("method", "imported"), trained)
-    own = data is None and width is None
-    if own:
-        write_results(run, rows)
-    return rows, own
+    return result_rows(model, scores, latency, transform, training.get("method", "imported"), trained)
 
 
 def eval_config(config: dict[str, Any]) -> TransformConfig:
@@ -77,21 +106,24 @@ def eval_config(config: dict[str, Any]) -> TransformConfig:
     )
 
 
-def _grid_through(model: ElasticModel, asked: Fraction, text: str) -> WidthGrid:
-    """The finest grid with the model's smallest width that also holds `asked`."""
-    smallest = model.grid.smallest
-    if not smallest < asked < FULL:
-        raise ValueError(f"--width {text}: widths of this run lie between {smallest} and 1")
-    for refined in range(2, 257):
-        step = model.grid.step / refined
-        if (asked - smallest) % step == 0:
-            return _sparse(smallest, asked, step)
-    raise ValueError(f"--width {text}: no refinement of the grid {model.grid} holds it")
+def _asked_width(model: ElasticModel, text: str) -> Fraction:
+    """The width that `text` names, which the grid need not hold. Raises ValueError when it cannot be cut."""
+    asked, grid = parse_fraction(text), model.grid
+    if asked in grid or not grid.smallest < asked < FULL:
+        return model.width(asked)
+    step = _common_step(asked - grid.smallest, FULL - grid.smallest)
+    try:
+        model.set_grid(WidthGrid(grid.smallest, FULL, step))
+    except ValueError:
+        legal = ", ".join(map(str, grid))
+        raise ValueError(
+            f"--width {text} is no width that this model can be cut to; trained widths are {legal}"
+        ) from None
+    return model.width(asked)
 
 
-def _sparse(smallest: Fraction, asked: Fraction, step: Fraction) -> WidthGrid:
-    for multiple in range(int((FULL - smallest) / step), 0, -1):
-        grid_step = step * multiple
-        if (FULL - smallest) % grid_step == 0 and (asked - smallest) % grid_step == 0:
-            return WidthGrid(smallest, FULL, grid_step)
-    return WidthGrid(smallest, FULL, step)
+def _common_step(a: Fraction, b: Fraction) -> Fraction:
+    """The largest fraction of which both are whole multiples."""
+    while b:
+        a, b = b, a % b
+    return a

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slicevit import checkpoint
 from slicevit.data import TrainLoader, eval_batches, eval_transform, train_transform
 from slicevit.elastic import ElasticModel
+from slicevit.evaluation.accuracy import Accuracy
 from slicevit.evaluation.results import MetricsLog, WidthResult
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training import setup
@@ -29,6 +30,7 @@ from slicevit.training.sampling import draw_widths
 from slicevit.training.signals import Interrupted, StopRequest
 from slicevit.training.state import load_checkpoint, save_checkpoint
 from slicevit.training.step import accumulate_gradients
+from slicevit.widths import FULL
 
 LATENCY_SECONDS = 0.5
 
@@ -66,15 +68,20 @@ class Run:
         )
         self.monitor = LossMonitor(self.device)
         self.step = 0
+        self._last_images: Tensor | None = None
+        self._scores: dict[str, Accuracy] = {}
 
     def _open_data(self) -> None:
         config = self.config
         channels = int(config.model_args.get("in_chans", 3))
         train_set = setup.open_split(config, "train", channels)
         self.val_set = setup.open_split(config, "val", channels)
-        self.num_classes = setup.class_count(train_set)
+        self.num_classes = setup.class_count(config, train_set)
         self.class_names = getattr(train_set, "classes", None)
         self.model = setup.build_model(config, self.num_classes).to(self.device)
+        if change := config.change():
+            self.model.set_grid(change[0])
+            self.model.set_grid(config.grid)
         self.transform = setup.transform_config(config, self.model)
         self.teacher = None
         if config.teacher:
@@ -113,7 +120,10 @@ class Run:
                     if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                         self._save()
                 self._end_epoch(epoch, progress, stop)
-        return self._finish()
+            rows = self._finish()
+            if stop.signum:
+                raise Interrupted(self.folder, stop.signum)
+        return rows
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         done = self.step - epoch * self.loader.steps_per_epoch
@@ -124,7 +134,7 @@ class Run:
 
     def _train_step(self, images_BCHW: Tensor, targets: Tensor) -> None:
         config = self.config
-        self._change_grid()
+        self._change_grid(self.step)
         setup.seed_step(config.seed, self.step)
         self.schedule.step_update(self.step)
         images_BCHW, targets = self.mixer(images_BCHW, targets)
@@ -148,6 +158,7 @@ class Run:
             self.ema.update(self.model, self.step)
         self.monitor.add(self.step, losses)
         self.step += 1
+        self._last_images = images_BCHW
 
     def widths_of(self, step: int) -> tuple[Fraction, ...]:
         """The widths that `step` trains, widest first."""
@@ -161,9 +172,9 @@ class Run:
         ramp = self.config.transfer_ramp * self.total_steps
         return self.config.transfer_weight * min(1.0, self.step / ramp if ramp else 1.0)
 
-    def _change_grid(self) -> None:
+    def _change_grid(self, step: int) -> None:
         change = self.config.change()
-        if change is None or self.step < change[1] * self.total_steps or self.model.grid == change[0]:
+        if change is None or step < change[1] * self.total_steps or self.model.grid == change[0]:
             return
         self.model.set_grid(change[0])
         if self.ema is not None:
@@ -183,6 +194,10 @@ class Run:
         return self.ema.module if self.ema is not None else self.model
 
     def _begin(self) -> None:
+        for left in (*self.folder.glob(".*.tmp"), *self.folder.glob(".saving-*/*")):  # by a run that was killed
+            left.unlink()
+        for left in self.folder.glob(".saving-*"):
+            left.rmdir()
         state = load_checkpoint(self.folder)
         if state is None:
             self._describe()
@@ -212,6 +227,8 @@ class Run:
 
     def _save(self) -> None:
         self._check_finite(self.monitor.bad_step())
+        if not self._answers_are_finite():
+            self._check_finite(self.step)
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -220,6 +237,17 @@ class Run:
             "losses": self.monitor.state_dict(),
         }
         save_checkpoint(self.folder, state)
+
+    @torch.inference_mode()
+    def _answers_are_finite(self) -> bool:
+        """Whether the weights after the last step still give finite logits, narrowest and widest."""
+        if self._last_images is None:
+            return True
+        self.model.eval()
+        with self._autocast():
+            answers = [self.model(self._last_images, width=width) for width in (self.model.widths[0], FULL)]
+        self.model.train()
+        return all(bool(answer.isfinite().all()) for answer in answers)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -234,7 +262,7 @@ class Run:
             ) from None
         self.monitor.load_state_dict(state["losses"])
         self.step = int(state["step"])
-        self._change_grid()
+        self._change_grid(self.step - 1)  # the grid of the last step: its epoch may still want its metrics
 
     def _check_finite(self, step: int | None) -> None:
         if step is None:
@@ -243,7 +271,8 @@ class Run:
         good = f"the checkpoint of step {saved['step']} in {self.folder} is good" if saved else "nothing was saved yet"
         widths = ", ".join(map(str, self.widths_of(step)))
         raise NotFinite(
-            f"the loss of step {step} (widths {widths}) is not finite; {good}. Lower --lr or set --clip-grad 1"
+            f"the loss of step {step} (widths {widths}) is not finite; {good}. "
+            "Start again with a lower --lr or with --clip-grad 1"
         )
 
     def _end_epoch(self, epoch: int, progress: TrainProgress, stop: StopRequest) -> None:
@@ -251,6 +280,7 @@ class Run:
         if not any(row["epoch"] == epoch for row in self.metrics.rows):
             last = self.step >= self.total_steps
             scores = self._accuracy() if last or (epoch + 1) % self.config.eval_every == 0 else {}
+            self._scores = scores
             means = self.monitor.means()
             rows: list[dict[str, Any]] = []
             for name in map(str, self.model.widths):
@@ -266,16 +296,15 @@ class Run:
         if stop.signum:
             raise Interrupted(self.folder, stop.signum)
 
-    def _accuracy(self) -> dict[str, Any]:
-        batches = eval_batches(
-            self.val_set, eval_transform(self.transform), self.config.eval_batch_size, self.config.workers
-        )
+    def _accuracy(self) -> dict[str, Accuracy]:
+        config, transform = self.config, eval_transform(self.transform)
+        batches = eval_batches(self.val_set, transform, config.eval_batch_size, config.workers, config.max_bad_share)
         model = self.evaluated
         return measure_accuracy(model, model.widths, batches)
 
     def _finish(self) -> list[WidthResult]:
         model = self.evaluated.eval()
-        scores = self._accuracy()
+        scores = self._scores or self._accuracy()
         latency = measure_widths_latency(model, model.widths, LATENCY_SECONDS)
         return result_rows(model, scores, latency, self.transform, self.config.method, model.widths)
 

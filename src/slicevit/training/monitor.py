@@ -50,7 +50,7 @@ class LossMonitor:
         if done is not None and not done.query():
             return None
         self._pending = None
-        self.shown |= {width: float(loss) for width, loss in host.items()}
+        self.shown = {width: float(loss) for width, loss in host.items()}
         return int(flag) if int(flag) >= 0 else None
 
     def bad_step(self) -> int | None:

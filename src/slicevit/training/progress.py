@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class TrainProgress:
-    """A bar with throughput, the loss of the narrowest and widest widths and the time left; lines where no terminal."""
+    """A bar with throughput, the loss of the last step's widths and the time left; lines where no terminal."""
 
     def __init__(self, console: Console, total_steps: int, done: int, batch_size: int, label: str = "training"):
         self.console, self.batch_size = console, batch_size
@@ -38,8 +38,7 @@ class TrainProgress:
         """One optimizer step done; `losses` are the last known of each width."""
         task = self._bar.tasks[0]
         rate = f"{task.speed * self.batch_size:,.0f} img/s" if task.speed else ""
-        ends = sorted(losses)[:1] + sorted(losses)[-1:]
-        loss = "loss " + " ".join(f"{width}:{losses[width]:.2f}" for width in dict.fromkeys(ends)) if losses else ""
+        loss = "loss " + " ".join(f"{width}:{losses[width]:.2f}" for width in sorted(losses)) if losses else ""
         self._bar.update(self._task, advance=1, rate=rate, loss=loss)
 
     def say(self, line: str) -> None:

@@ -18,7 +18,7 @@ from slicevit.files import write_text
 from slicevit.training.config import TrainConfig, from_dict
 from slicevit.training.loop import Run
 from slicevit.training.setup import build_model, class_count, open_split
-from slicevit.training.signals import Interrupted
+from slicevit.training.signals import Interrupted, StopRequest
 from slicevit.widths import WidthGrid
 
 SEPARATE = "separate"
@@ -29,6 +29,8 @@ def start(config: TrainConfig, folder: Path, console: Console | None = None) -> 
 
     Raises ValueError when `folder` already holds a run, or for whatever in `config` cannot be had.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder")
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or name another with --out")
     return _train(config, folder, console or Console())
@@ -59,8 +61,9 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> list[WidthRes
         rows = _train_separately(config, folder, console)
     else:
         rows = Run(config, folder, console).train()
-    write_results(folder, rows)
-    write_pictures([folder])
+    with StopRequest():  # a signal now would leave half of the results
+        write_results(folder, rows)
+        write_pictures([folder])
     return rows
 
 
@@ -69,7 +72,7 @@ def _train_separately(config: TrainConfig, folder: Path, console: Console) -> li
     widths = list(WidthGrid.parse(config.grid))
     metrics, rows = [], []
     in_chans = int(config.model_args.get("in_chans", 3))
-    model = build_model(config, class_count(open_split(config, "train", in_chans)))
+    model = build_model(config, class_count(config, open_split(config, "train", in_chans)))
     _describe(config, folder)
     for width in widths:
         part = folder / SEPARATE / str(width).replace("/", "-")

@@ -57,7 +57,8 @@ def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"--init pretrained: the weights of {config.model} cannot be had ({reason})") from None
     else:
-        model = from_pretrained(config.init, grid=config.grid, **config.slice_settings())
+        rates = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+        model = from_pretrained(config.init, grid=config.grid, **config.slice_settings(), **rates)
         if model.num_classes != num_classes:
             model.reset_classifier(num_classes)
     if hasattr(model._full, "set_distilled_training"):
@@ -95,10 +96,14 @@ def open_split(config: TrainConfig, split: str, in_chans: int) -> ImageSet | Str
     return open_dataset(config.data, split, root=config.data_root, in_chans=in_chans)
 
 
-def class_count(dataset: ImageSet | StreamSet) -> int:
-    """Number of classes. Raises ValueError when the data set does not say."""
+def class_count(config: TrainConfig, dataset: ImageSet | StreamSet) -> int:
+    """Number of classes. Raises ValueError when neither the data set nor --num-classes says it."""
+    if dataset.num_classes and config.num_classes not in (None, dataset.num_classes):
+        raise ValueError(f"--num-classes {config.num_classes}: --data {dataset.spec} has {dataset.num_classes}")
+    if not dataset.num_classes and config.num_classes:
+        return config.num_classes
     if not dataset.num_classes:
-        raise ValueError(f"--data {dataset.spec} does not say how many classes it has: use a data set that does")
+        raise ValueError(f"--data {dataset.spec} does not say how many classes it has: give --num-classes")
     return dataset.num_classes
 
 

@@ -26,11 +26,20 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise ValueError(
-            f"{path} cannot be written ({reason}): the previous checkpoint is kept; make room and run "
+            f"{path} cannot be written ({_reason(error)}): the previous checkpoint is kept; make room and run "
             f"slicevit train --resume {folder}"
         ) from None
+
+
+def _reason(error: BaseException | None) -> str:
+    """What the system said; torch raises its own error over the one of a full disk."""
+    first = str(error).splitlines()[0]
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return first
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -39,6 +48,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not state.keys() >= {"step", "model", "ema", "optimizer", "losses"}:
+            raise ValueError("it holds no run's state")
+        return state
     except Exception as error:  # torch and zipfile raise many kinds for a broken file
         raise ValueError(f"{path} is broken ({' '.join(str(error).split())[:120]}): delete it to start again") from None
