@@ -36,7 +36,7 @@ from slicevit.training.loop import Run
 from slicevit.training.presets import preset
 
 WIDTHS = ("1/4", "1/2", "3/4", "1")
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 
 
