@@ -1,7 +1,7 @@
 """`ElasticModel`: one timm model that runs at every width of a grid.
 
-Training goes through `torch.func.functional_call` on a skeleton with views of the full parameters; inference binds
-the views to a stock module (`subnet`); extraction copies them (`to_timm`). The forward code is always timm's.
+Training puts views of the full parameters into a skeleton for the length of a call; inference binds the views to a
+stock module (`subnet`); extraction copies them (`to_timm`). The forward code is always timm's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slicevit import skeletons, subnet
 from slicevit.families import AttnScale, Heads, Layout, Scope, family_of
-from slicevit.skeletons import Dispatch, Skeleton
+from slicevit.skeletons import Skeleton
 from slicevit.widths import FULL, Isolation, Width, WidthGrid
 
 
@@ -167,22 +167,20 @@ class ElasticModel(nn.Module):
             return call(*args, **kwargs)
         skeleton = self.skeleton(legal)
         with skeleton.lock:
-            skeletons.match_modes(skeleton.module, self._full)
-            views = self._views(skeleton)
-            if self._checkpointing:
-                return _call_checkpointed(skeleton.module, views, method, args, kwargs)
-            named = {f"net.{name}": view for name, view in views.items()}
-            return torch.func.functional_call(Dispatch(skeleton.module), named, (method, *args), kwargs)
-
-    def _views(self, skeleton: Skeleton) -> dict[str, Tensor]:
-        saved = skeletons.persistent(self._full)
-        try:
-            return {name: cut(saved[name]) for name, cut in skeleton.plan.items()}
-        except (KeyError, ValueError) as error:
-            raise RuntimeError(
-                f"the model was changed since it became elastic ({error}): change its head or input size through "
-                "reset_classifier and set_input_size of the ElasticModel"
-            ) from None
+            try:
+                links = skeleton.linked(self._full)
+                links.match_modes()
+                links.fill()
+            except (AttributeError, KeyError, ValueError) as error:
+                raise RuntimeError(
+                    f"the model was changed since it became elastic ({error}): change its head or input size through "
+                    "reset_classifier and set_input_size of the ElasticModel"
+                ) from None
+            try:
+                return (skeleton.module if method == "forward" else getattr(skeleton.module, method))(*args, **kwargs)
+            finally:
+                if not self._checkpointing:  # which runs the blocks again in the backward pass
+                    links.empty()
 
     # Narrow models
 
@@ -384,19 +382,6 @@ def _constructor(model: nn.Module) -> Callable[..., nn.Module]:
     if architecture and timm.is_model(architecture):
         return partial(timm.create_model, architecture, pretrained=False)
     return type(model)
-
-
-def _call_checkpointed(
-    module: nn.Module, views: dict[str, Tensor], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run with the views left in place: the backward pass runs the blocks again and needs them there."""
-    for prefix, owner in module.named_modules():
-        for store in (owner._parameters, owner._buffers):
-            for key in store:
-                view = views.get(f"{prefix}.{key}" if prefix else key)
-                if view is not None:
-                    store[key] = view
-    return Dispatch(module)(method, *args, **kwargs)
 
 
 def create_model(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slicevit.families import AttnScale, Family, Layout, slicing_rules
-from slicevit.slicing import Plan, make_plan
+from slicevit.slicing import Cut, Plan, make_plan
 from slicevit.widths import End
 
 Build = Callable[[dict[str, Any]], nn.Module]
@@ -30,19 +30,52 @@ class Skeleton:
     module: nn.Module
     plan: Plan
     lock: Any = field(default_factory=threading.Lock)
+    links: Links | None = None
+
+    def linked(self, full: nn.Module) -> Links:
+        """The links to `full`, made again when its submodules were changed."""
+        if self.links is None or not self.links.current():
+            self.links = Links(self.module, full, self.plan)
+        return self.links
 
 
-class Dispatch(nn.Module):
-    """Runs any method of `net`, so that `torch.func.functional_call` reaches more than `forward`."""
+class Links:
+    """The submodules of a narrow module beside their namesakes in the full one, walked once and kept.
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    Raises ValueError when the two have other submodules, and KeyError when a parameter is gone.
+    """
 
-    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if method == "forward":
-            return self.net(*args, **kwargs)
-        return getattr(self.net, method)(*args, **kwargs)
+    def __init__(self, module: nn.Module, full: nn.Module, plan: Plan):
+        self.modules = list(zip(module.modules(), full.modules(), strict=True))
+        self._children = [(theirs._modules, dict(theirs._modules)) for _, theirs in self.modules if theirs._modules]
+        self._slots: list[tuple[Any, Any, str, Cut, Any]] = []
+        for name, cut in plan.items():
+            prefix, _, key = name.rpartition(".")
+            mine, theirs = module.get_submodule(prefix), full.get_submodule(prefix)
+            store, source = (
+                (mine._parameters, theirs._parameters) if key in mine._parameters else (mine._buffers, theirs._buffers)
+            )
+            self._slots.append((store, source, key, cut, store[key]))
+
+    def current(self) -> bool:
+        """Whether the full model still has the submodules that it had."""
+        return all(now == then for now, then in self._children)
+
+    def match_modes(self) -> None:
+        """Give every submodule the train/eval mode of its namesake, frozen parts included."""
+        for mine, theirs in self.modules:
+            if mine.training is not theirs.training:
+                mine.training = theirs.training
+
+    def fill(self) -> None:
+        """Put views of the full parameters in place of the narrow module's own."""
+        for store, source, key, cut, _ in self._slots:
+            store[key] = cut(source[key])
+
+    def empty(self) -> None:
+        """Put the narrow module's own parameters back, so that it holds on to nothing."""
+        for store, _, key, _, own in self._slots:
+            store[key] = own
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -46,11 +46,6 @@ class Cut:
     gain: float = 1.0
     gain_rows: int = 0
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the narrow tensor is the full one."""
-        return not self.takes and self.gain == 1.0
-
     def __call__(self, full: Tensor) -> Tensor:
         """The narrow tensor: a view of `full` where strides allow, else a copy; autograd goes through.
 
@@ -58,9 +53,15 @@ class Cut:
         """
         if full.shape != self.full_shape:
             raise ValueError(f"planned for the shape {self.full_shape}, got {tuple(full.shape)}")
-        narrow = full.view(self.expanded)
-        for axis, start, length in self.takes:
-            narrow = narrow.narrow(axis, start, length)
+        narrow = full if self.expanded == self.full_shape else full.view(self.expanded)
+        if len(self.takes) > 1:  # one node of autograd, not one an axis
+            size, strides, offset = list(self.expanded), narrow.stride(), narrow.storage_offset()
+            for axis, start, length in self.takes:
+                size[axis], offset = length, offset + start * strides[axis]
+            narrow = narrow.as_strided(size, strides, offset)
+        else:
+            for axis, start, length in self.takes:
+                narrow = narrow.narrow(axis, start, length)
         if self.expanded != self.full_shape:
             narrow = narrow.reshape(self.shape)
             if narrow.stride(-1) != 1:  # heads one channel wide: still a view, but one that slows every product

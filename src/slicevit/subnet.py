@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from operator import eq, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,36 +20,50 @@ if TYPE_CHECKING:
 _METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")
 
 
+@dataclass
 class _Slot:
     """One parameter or saved buffer of a subnet, and where its values come from."""
 
-    def __init__(self, cut: Cut, source: dict[str, Any], mine: dict[str, Any], key: str):
-        self.cut, self.source, self.mine, self.key = cut, source, mine, key
-        self.shares = False
-        self.seen: tuple[int, int, int, int] | None = None
-        self._probe: Callable[[], int] | None = None
-
-    def stamp(self) -> tuple[int, int, int, int]:
-        """Changes whenever what is bound no longer holds the source's values.
-
-        A write through `.data` leaves no trace in the version; on a CPU one element of the source tells of it.
-        """
-        tensor = self.source[self.key]
-        version = 0 if self.shares else tensor._version
-        return id(tensor), tensor.data_ptr(), version, self._probe() if self._probe is not None else 0
+    cut: Cut
+    source: dict[str, Any]
+    mine: dict[str, Any]
+    key: str
+    shares: bool = False
 
     @torch.inference_mode(False)
     def fill(self) -> None:
         source = self.source[self.key].detach()
         narrow = self.cut(source)
-        self.shares = narrow.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-        self.mine[self.key] = nn.Parameter(narrow, requires_grad=False) if self.is_parameter else narrow
-        self._probe = None if self.shares or source.device.type != "cpu" else _element(source)
-        self.seen = self.stamp()
+        self.shares = 0 <= narrow.data_ptr() - source.data_ptr() < source.nbytes
+        self.put(narrow)
 
-    @property
-    def is_parameter(self) -> bool:
-        return isinstance(self.source[self.key], nn.Parameter)
+    def put(self, tensor: Tensor) -> None:
+        is_parameter = isinstance(self.source[self.key], nn.Parameter)
+        self.mine[self.key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+class _Seen:
+    """The full model's tensors as they were when a subnet took its values from them.
+
+    Identity and address tell of replaced tensors, the version of writes to those that were copied. A write through
+    `.data` leaves no trace there; on a CPU the middle element of a copied tensor tells of it.
+    """
+
+    def __init__(self, slots: list[_Slot]):
+        self._sources = [(slot.source, slot.key) for slot in slots]
+        self._tensors = [source[key] for source, key in self._sources]
+        self._copied = [tensor for tensor, slot in zip(self._tensors, slots, strict=True) if not slot.shares]
+        self._probes = [_element(tensor.detach()) for tensor in self._copied if tensor.device.type == "cpu"]
+        self._pointers, self._state = self._now()
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        versions = [tensor._version for tensor in self._copied]
+        return list(map(Tensor.data_ptr, self._tensors)), versions + [probe() for probe in self._probes]
+
+    def is_current(self) -> bool:
+        """Whether every tensor is the same and holds the same values."""
+        tensors = [source.get(key) for source, key in self._sources]
+        return all(map(is_, tensors, self._tensors)) and self._now() == (self._pointers, self._state)
 
 
 def _element(tensor: Tensor) -> Callable[[], int]:
@@ -62,45 +78,42 @@ class Binding:
 
     def __init__(self, model: ElasticModel, width: Fraction, module: nn.Module, slots: list[_Slot]):
         self.model, self.width, self.module, self.slots = model, width, module, slots
-        self.bound = False
-        self._tree = [
-            (owner._modules, key, child) for owner in model._full.modules() for key, child in owner._modules.items()
-        ]
+        self._children = [owner._modules for owner in model._full.modules() if owner._modules]
+        self._kept = [dict(children) for children in self._children]
+        self._seen: _Seen | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the full model still consists of the modules that this subnet was made from."""
-        return all(modules.get(key) is child for modules, key, child in self._tree)
+        return all(map(eq, self._children, self._kept))
 
     def bind(self) -> nn.Module:
-        """Fill every slot that is not current, and give the module."""
-        skeletons.match_buffers(self.module, self.model._full)
-        self.bound = True
-        self.refresh()
+        """Fill the module's parameters where they are not current, and give the module."""
+        if self._seen is None or not self._seen.is_current():
+            self._fill()
         return self.module
 
     def refresh(self) -> None:
         """Take over weights that changed since. Raises RuntimeError when the subnet was released."""
-        if not self.bound or not self.fits:
+        if self._seen is None or not self.fits:
             raise RuntimeError(
                 f"this subnet was released, or a part of the model was replaced since it was made: "
                 f"call subnet('{self.width}') again"
             )
-        moved = False
+        if not self._seen.is_current():
+            self._fill()
+
+    def _fill(self) -> None:
         for slot in self.slots:
-            if slot.seen != slot.stamp():
-                moved = moved or slot.seen is None or slot.seen[1] != slot.source[slot.key].data_ptr()
-                slot.fill()
-        if moved:
-            skeletons.match_buffers(self.module, self.model._full)
+            slot.fill()
+        self._seen = _Seen(self.slots)
+        skeletons.match_buffers(self.module, self.model._full)
 
     def release(self) -> None:
         """Drop every view and copy; the module's parameters are on `meta` again."""
-        self.bound = False
+        self._seen = None
         for slot in self.slots:
-            tensor = slot.mine[slot.key].to("meta")
-            slot.mine[slot.key] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
-            slot.seen = slot._probe = None
+            slot.put(slot.mine[slot.key].to("meta"))
 
     def copy(self) -> nn.Module:
         """A stock module of this width with its own weights, in the subnet's mode."""
