@@ -52,7 +52,7 @@ def alternate(
     warmup: int = 2,
     setup: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of each call: all of them once a round, every other round in reverse.
+    """Median milliseconds of each call: all of them once a round, each in every place of the order equally often.
 
     `setup` holds what runs, untimed, before a call.
     """
@@ -62,14 +62,15 @@ def alternate(
     gc.disable()
     try:
         for turn in range(-warmup, rounds):
-            for name in list(calls)[:: -1 if turn % 2 else 1]:
+            names = list(calls)
+            first = turn % len(names)
+            for name in (names[first:] + names[:first])[:: -1 if turn // len(names) % 2 else 1]:
                 setup.get(name, int)()
                 begin = now()
                 calls[name]()
                 took = (now() - begin) * 1000
                 if turn >= 0:
                     timings[name].append(took)
-            gc.collect()
             if sys.stderr.isatty():
                 print(f"\rround {turn + 1} of {rounds}", end="" if turn + 1 < rounds else "\n", file=sys.stderr)
     finally:

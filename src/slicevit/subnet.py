@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from operator import eq, is_
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +50,9 @@ class _Seen:
     """
 
     def __init__(self, slots: list[_Slot]):
-        self._sources = [(slot.source, slot.key) for slot in slots]
-        self._tensors = [source[key] for source, key in self._sources]
+        self._stores = list({id(slot.source): slot.source for slot in slots}.values())
+        self._kept = [dict(store) for store in self._stores]
+        self._tensors = [slot.source[slot.key] for slot in slots]
         self._copied = [tensor for tensor, slot in zip(self._tensors, slots, strict=True) if not slot.shares]
         self._probes = [_element(tensor.detach()) for tensor in self._copied if tensor.device.type == "cpu"]
         self._pointers, self._state = self._now()
@@ -62,8 +63,11 @@ class _Seen:
 
     def is_current(self) -> bool:
         """Whether every tensor is the same and holds the same values."""
-        tensors = [source.get(key) for source, key in self._sources]
-        return all(map(is_, tensors, self._tensors)) and self._now() == (self._pointers, self._state)
+        try:  # two dictionaries of the same tensors are equal without looking at the tensors
+            same = all(map(eq, self._stores, self._kept))
+        except RuntimeError:  # other tensors: torch compares their elements, which has no single truth
+            return False
+        return same and self._now() == (self._pointers, self._state)
 
 
 def _element(tensor: Tensor) -> Callable[[], int]:
@@ -88,8 +92,8 @@ class Binding:
         return all(map(eq, self._children, self._kept))
 
     def bind(self) -> nn.Module:
-        """Fill the module's parameters where they are not current, and give the module."""
-        if self._seen is None or not self._seen.is_current():
+        """Fill the module's parameters if that was not done yet (a call refreshes them), and give the module."""
+        if self._seen is None:
             self._fill()
         return self.module
 
