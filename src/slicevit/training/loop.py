@@ -309,7 +309,7 @@ class Run:
         return result_rows(model, scores, latency, self.transform, self.config.method, model.widths)
 
     def _progress(self) -> TrainProgress:
-        return TrainProgress(self.console, self.total_steps, self.step, self.config.batch_size, self.folder.name)
+        return TrainProgress(self.console, self.total_steps, self.step, self.config.batch_size)
 
 
 def _epoch_line(epoch: int, rows: list[dict[str, Any]]) -> str:

@@ -5,27 +5,25 @@ from __future__ import annotations
 from fractions import Fraction
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class TrainProgress:
     """A bar with throughput, the loss of the last step's widths and the time left; lines where no terminal."""
 
-    def __init__(self, console: Console, total_steps: int, done: int, batch_size: int, label: str = "training"):
+    def __init__(self, console: Console, total_steps: int, done: int, batch_size: int):
         self.console, self.batch_size = console, batch_size
         self._bar = Progress(
-            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task: TaskID = self._bar.add_task(label, total=total_steps, completed=done, rate="", loss="")
+        self._task: TaskID = self._bar.add_task("training", total=total_steps, completed=done, rate="", loss="")
 
     def __enter__(self) -> TrainProgress:
         self._bar.start()
@@ -38,7 +36,7 @@ class TrainProgress:
         """One optimizer step done; `losses` are the last known of each width."""
         task = self._bar.tasks[0]
         rate = f"{task.speed * self.batch_size:,.0f} img/s" if task.speed else ""
-        loss = "loss " + " ".join(f"{width}:{losses[width]:.2f}" for width in sorted(losses)) if losses else ""
+        loss = "loss " + "  ".join(f"{width} {losses[width]:.2f}" for width in sorted(losses)) if losses else ""
         self._bar.update(self._task, advance=1, rate=rate, loss=loss)
 
     def say(self, line: str) -> None:
