@@ -12,6 +12,9 @@ def fashion() -> TrainConfig:
     """The default: a small ViT on the bundled Fashion-MNIST images, 7 widths.
 
     slicevit train
+
+    7 minutes on 2 cores of a Xeon (1,560 steps). Top-1 of one run (seed 0): 79.2 / 82.3 / 82.8 / 83.1 at widths
+    1/4, 1/2, 3/4, 1.
     """
     return TrainConfig(
         data="fashion-mnist",
