@@ -46,7 +46,7 @@ def model_card(model: ElasticModel, config: dict[str, Any], name: str | None = N
     rows = []
     for width in model.widths:
         costs = width_costs(model, width)
-        rows.append(f"| {width} | {costs.channels} | {short(costs.params / 1e6)} M | {short(costs.macs / 1e6)} M |")
+        rows.append(f"| {width} | {costs.channels} | {costs.params / 1e6:.3f} M | {costs.macs / 1e6:,.1f} M |")
     described = config["slicevit"]
     channels, height, width_px = config["pretrained_cfg"]["input_size"]
     settings = ", ".join(f"{key} `{described[key]}`" for key in ("layout", "isolation", "attn_scale", "heads", "scope"))
