@@ -816,3 +816,32 @@ def test_arguments_that_do_not_rebuild_the_model_are_refused() -> None:
 def test_an_unknown_setting_is_refused_with_the_choices(setting: str) -> None:
     with pytest.raises(ValueError, match=setting):
         slicevit.create_model(NAME, grid=GRID, **KWARGS, **{setting: "odd"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.train(),
+        lambda s: s.requires_grad_(),
+        lambda s: s.load_state_dict(s.state_dict()),
+        lambda s: s.reset_classifier(3),
+        lambda s: s.set_input_size(img_size=64),
+        lambda s: s.double(),
+    ],
+    ids=["train", "requires_grad_", "load_state_dict", "reset_classifier", "set_input_size", "double"],
+)
+def test_a_subnet_refuses_to_be_changed(change):
+    model = slicevit.create_model("vit_tiny_patch16_224", grid="1/2:1:1/2", img_size=32, depth=1)
+    with pytest.raises(RuntimeError, match="take a copy with to_timm"):
+        change(model.subnet("1/2"))
+
+
+def test_a_width_first_run_in_inference_mode_can_be_trained():
+    model = slicevit.create_model(
+        "swinv2_tiny_window8_256", grid="1/2:1:1/2", img_size=64, window_size=4, depths=(1, 1, 1, 1)
+    )
+    model.reset_classifier(3)  # the narrow modules are made anew when they are next used
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        model(images, "1/2")
+    model.train()(images, "1/2").sum().backward()

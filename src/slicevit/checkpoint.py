@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -106,6 +107,8 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             raise ValueError(f"{folder} holds no {' and no '.join(missing)}: it is not a saved slicevit model")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
+        raise ValueError(f"{folder_or_id} is neither a folder nor a Hub repository such as owner/name")
     else:
         try:
             paths = tuple(Path(hf_hub_download(str(folder_or_id), name)) for name in (CONFIG, WEIGHTS))  # type: ignore[assignment]
@@ -135,10 +138,10 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
         raise ValueError(f"{folder_or_id} is not a slicevit model: its {CONFIG} has no 'slicevit' entry")
     try:
         names = ("grid", *(field.name for field in fields(SliceSettings)))
-        described = {name: config["slicevit"][name] for name in names} | settings
-        model_args = _tuples(config.get("model_args", {})) | {"num_classes": config["num_classes"]}
-        overlay = config["pretrained_cfg"]
-        model = create_model(config["architecture"], **described, **model_args, pretrained_cfg_overlay=overlay)
+        arguments = {name: config["slicevit"][name] for name in names}
+        arguments |= _tuples(config.get("model_args", {})) | {"num_classes": config["num_classes"]}
+        arguments["pretrained_cfg_overlay"] = config["pretrained_cfg"]
+        model = create_model(config["architecture"], **(arguments | settings))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder_or_id}: its {CONFIG} does not describe a model ({error!r})") from None
     try:

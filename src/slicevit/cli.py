@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import io
+import re
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from slicevit.training.config import TrainConfig
 from slicevit.training.presets import PRESETS, preset
+from slicevit.widths import parse_fraction
 
 T = TypeVar("T")
 
@@ -105,7 +107,7 @@ def _parse(kind: type[T], arguments: list[str], command: str, **options: Any) ->
             raise
     said = [line.strip("│╭╰─╯╮ ").strip() for line in refused.getvalue().splitlines()]
     rule = next((index for index, line in enumerate(said[1:], 1) if not line), len(said))
-    sentence = " ".join(said[1:rule]) or "its options cannot be read"
+    sentence = re.sub(r"^Error parsing \w+: ", "", " ".join(said[1:rule])) or "its options cannot be read"
     raise ValueError(f"{sentence} (slicevit {command} --help lists the options)")
 
 
@@ -260,7 +262,10 @@ def _export(arguments: list[str]) -> None:
     from slicevit.export.timm_folder import export_timm
 
     args = _parse(ExportArgs, arguments, "export")
-    error = export_timm(args.run, args.out, args.width)
+    run, width = args.run, args.width
+    if (run / "separate").is_dir():  # each width is a run of its own, at its full width
+        run, width = run / "separate" / str(parse_fraction(width)).replace("/", "-"), "1"
+    error = export_timm(run, args.out, width)
     print(f'{args.out}: timm.create_model("local-dir:{args.out}", pretrained=True); largest logit error {error:.1e}')
 
 

@@ -7,7 +7,8 @@ stock module (`subnet`); extraction copies them (`to_timm`). The forward code is
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from slicevit import skeletons, subnet
 from slicevit.families import AttnScale, Heads, Layout, Scope, family_of
-from slicevit.skeletons import Skeleton
+from slicevit.skeletons import Links, Skeleton
 from slicevit.widths import FULL, Isolation, Width, WidthGrid
 
 
@@ -167,20 +168,45 @@ class ElasticModel(nn.Module):
             return call(*args, **kwargs)
         skeleton = self.skeleton(legal)
         with skeleton.lock:
-            try:
-                links = skeleton.linked(self._full)
-                links.match_modes()
-                links.fill()
-            except (AttributeError, KeyError, ValueError) as error:
-                raise RuntimeError(
-                    f"the model was changed since it became elastic ({error}): change its head or input size through "
-                    "reset_classifier and set_input_size of the ElasticModel"
-                ) from None
+            links = self._fill(skeleton)
             try:
                 return (skeleton.module if method == "forward" else getattr(skeleton.module, method))(*args, **kwargs)
             finally:
                 if not self._checkpointing:  # which runs the blocks again in the backward pass
                     links.empty()
+
+    def _fill(self, skeleton: Skeleton, leaves: bool = False) -> Links:
+        try:
+            links = skeleton.linked(self._full)
+            links.match_modes()
+            links.fill(leaves)
+        except (AttributeError, KeyError, ValueError) as error:
+            raise RuntimeError(
+                f"the model was changed since it became elastic ({error}): change its head or input size through "
+                "reset_classifier and set_input_size of the ElasticModel"
+            ) from None
+        return links
+
+    @contextmanager
+    def backward_at(self, width: Width) -> Iterator[nn.Module]:
+        """The stock module at `width` for one forward and backward pass of a training step.
+
+        Within the block call the module on images (B, C, H, W) and run backward; at its end the gradients are added
+        to those of the full parameters. They are what autograd through `forward` gives, without a full-size
+        gradient for every width. Hooks on parameters do not see them. Raises ValueError for an illegal width.
+        """
+        legal = self.width(width)
+        if legal == FULL:
+            yield self._full
+            return
+        skeleton = self.skeleton(legal)
+        with skeleton.lock:
+            links = self._fill(skeleton, leaves=True)
+            try:
+                yield skeleton.module
+                links.add_gradients()
+            finally:
+                links.empty()
 
     # Narrow models
 
@@ -400,6 +426,8 @@ def create_model(
     grid = WidthGrid.parse(grid)
     settings = {field.name: kwargs.pop(field.name) for field in fields(SliceSettings) if field.name in kwargs}
     SliceSettings(**settings)
+    if kwargs.get("features_only"):
+        raise ValueError("features_only has no width: call forward_intermediates(images, width=...) of the model")
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except RuntimeError as error:

@@ -62,6 +62,11 @@ def _read(file: Path, weights: str) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile raise many kinds for a broken or unsafe file
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign:
+            raise ValueError(
+                f"{file} holds a {foreign[1]}; only tensors and an argparse namespace of plain values are unpickled"
+            ) from None
         raise ValueError(f"{file} cannot be read as a checkpoint ({' '.join(str(error).split())[:160]})") from None
     state = content.get(weights, content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):

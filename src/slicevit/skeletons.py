@@ -67,10 +67,23 @@ class Links:
             if mine.training is not theirs.training:
                 mine.training = theirs.training
 
-    def fill(self) -> None:
-        """Put views of the full parameters in place of the narrow module's own."""
+    def fill(self, leaves: bool = False) -> None:
+        """Put views of the full parameters in place of the narrow module's own.
+
+        With `leaves` the views end autograd: their gradients stay narrow, for `add_gradients` to take.
+        """
         for store, source, key, cut, _ in self._slots:
-            store[key] = cut(source[key])
+            full = source[key]
+            if leaves:
+                store[key] = cut(full.detach()).requires_grad_(full.requires_grad)
+            else:
+                store[key] = cut(full)
+
+    def add_gradients(self) -> None:
+        """Add the gradients of the leaves to those of the full parameters."""
+        for store, source, key, cut, _ in self._slots:
+            if store[key].grad is not None:
+                cut.add_gradient(source[key], store[key].grad)
 
     def empty(self) -> None:
         """Put the narrow module's own parameters back, so that it holds on to nothing."""
@@ -95,6 +108,7 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@torch.inference_mode(False)  # buffers made in inference mode could never be trained with
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a module whose parameters are on `meta` and whose buffers are real."""
     with _NoInitialisation():

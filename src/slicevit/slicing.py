@@ -46,22 +46,37 @@ class Cut:
     gain: float = 1.0
     gain_rows: int = 0
 
-    def __call__(self, full: Tensor) -> Tensor:
-        """The narrow tensor: a view of `full` where strides allow, else a copy; autograd goes through.
+    def window(self, full: Tensor) -> Tensor:
+        """The elements of `full` that the narrow tensor takes, as a view with structured axes split into blocks.
 
         Raises ValueError when `full` has another shape than the plan was made for.
         """
         if full.shape != self.full_shape:
             raise ValueError(f"planned for the shape {self.full_shape}, got {tuple(full.shape)}")
-        narrow = full if self.expanded == self.full_shape else full.view(self.expanded)
-        if len(self.takes) > 1:  # one node of autograd, not one an axis
-            size, strides, offset = list(self.expanded), narrow.stride(), narrow.storage_offset()
-            for axis, start, length in self.takes:
-                size[axis], offset = length, offset + start * strides[axis]
-            narrow = narrow.as_strided(size, strides, offset)
-        else:
-            for axis, start, length in self.takes:
-                narrow = narrow.narrow(axis, start, length)
+        window = full if self.expanded == self.full_shape else full.view(self.expanded)
+        if len(self.takes) < 2:
+            return window.narrow(*self.takes[0]) if self.takes else window
+        size, strides, offset = list(self.expanded), window.stride(), window.storage_offset()
+        for axis, start, length in self.takes:
+            size[axis], offset = length, offset + start * strides[axis]
+        return window.as_strided(size, strides, offset)  # one node of autograd, not one an axis
+
+    @torch.no_grad()
+    def add_gradient(self, full: Tensor, narrow: Tensor) -> None:
+        """Add the gradient of a narrow tensor to its place in the gradient of `full`, as autograd would."""
+        if full.grad is None:
+            full.grad = torch.zeros_like(full)
+        if self.gain != 1.0:
+            narrow = torch.cat((narrow[: self.gain_rows] * self.gain, narrow[self.gain_rows :]))
+        window = self.window(full.grad)
+        window.add_(narrow.view(window.shape) if narrow.is_contiguous() else narrow.reshape(window.shape))
+
+    def __call__(self, full: Tensor) -> Tensor:
+        """The narrow tensor: a view of `full` where strides allow, else a copy; autograd goes through.
+
+        Raises ValueError when `full` has another shape than the plan was made for.
+        """
+        narrow = self.window(full)
         if self.expanded != self.full_shape:
             narrow = narrow.reshape(self.shape)
             if narrow.stride(-1) != 1:  # heads one channel wide: still a view, but one that slows every product

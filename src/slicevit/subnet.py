@@ -143,16 +143,30 @@ class _Bound:
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _itself, (self._binding.copy(),)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False) if not mode else self._refuse()  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        return self if not requires_grad else self._refuse()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "a subnet shares its model's storage: move or cast the ElasticModel, or take a copy with to_timm"
+            "a subnet shares its model's storage and is for inference: change, move, cast or train the ElasticModel, "
+            "or take a copy with to_timm"
         )
+
+    _apply = load_state_dict = reset_classifier = set_input_size = set_grad_checkpointing = _refuse
+
+
+@torch.compiler.disable
+def _refresh(subnet: Any) -> None:
+    subnet._binding.refresh()
 
 
 def _refreshing(method: str) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self._binding.refresh()
+        if not torch.compiler.is_exporting():
+            _refresh(self)
         return getattr(super(type(self), self), method)(*args, **kwargs)
 
     call.__name__ = method

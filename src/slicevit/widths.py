@@ -113,7 +113,7 @@ class WidthGrid:
         width = parse_fraction(value)
         if width in self:
             return width
-        if width > 1 and width.denominator == 1 and embed_dim:
+        if embed_dim and 1 < width <= embed_dim and width.denominator == 1:
             raise ValueError(
                 f"width {value} is not a fraction: {width} channels is {Fraction(int(width), embed_dim)} of {embed_dim}"
             )

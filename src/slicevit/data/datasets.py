@@ -304,6 +304,8 @@ def _create_timm(spec: str, split: str, root: str | None, **options: Any) -> Any
     tried = split_names.get(split, _TIMM_SPLITS[split])
     if prefix == "wds" and root is None:
         root = name.partition("/")[2]
+    if prefix == "torch" and root is None:
+        raise ValueError(f"--data {spec} needs --data-root, the folder that torchvision reads it from")
     reasons = []
     for split_name in tried:
         try:

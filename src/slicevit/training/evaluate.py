@@ -33,6 +33,8 @@ def evaluate_run(
     Only a whole evaluation on the run's own data is written. A `width` off the grid is evaluated and labelled
     as not trained. Raises ValueError for a folder, data set or width that cannot be had.
     """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be above 0, got {batch_size}")
     options = (data, data_root, batch_size, workers, max_bad_share, device)
     if (run / SEPARATE).is_dir():
         rows = _separate_rows(run, width, *options)

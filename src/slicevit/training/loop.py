@@ -272,7 +272,7 @@ class Run:
         widths = ", ".join(map(str, self.widths_of(step)))
         raise NotFinite(
             f"the loss of step {step} (widths {widths}) is not finite; {good}. "
-            "Start again with a lower --lr or with --clip-grad 1"
+            "Start again in another folder with a lower --lr or with --clip-grad 1"
         )
 
     def _end_epoch(self, epoch: int, progress: TrainProgress, stop: StopRequest) -> None:

@@ -31,13 +31,14 @@ def accumulate_gradients(
     losses: dict[Fraction, Tensor] = {}
     teacher_BK: Tensor | None = None
     for width in widths:
-        with autocast():
-            output = model(images_BCHW, width=width)
-            if teacher_BK is None:
-                loss = objective.full(output, targets, external_BK)
-            else:
-                loss = objective.narrow(output, targets, teacher_BK, transfer_weight)
-        loss.backward()
+        with model.backward_at(width) as net:
+            with autocast():
+                output = net(images_BCHW)
+                if teacher_BK is None:
+                    loss = objective.full(output, targets, external_BK)
+                else:
+                    loss = objective.narrow(output, targets, teacher_BK, transfer_weight)
+            loss.backward()
         losses[width] = loss.detach()
         if teacher_BK is None or objective.transfer == "next":
             teacher_BK = distillation_logits(output)
