@@ -79,11 +79,16 @@ class Links:
             else:
                 store[key] = cut(full)
 
+    @torch.no_grad()
     def add_gradients(self) -> None:
         """Add the gradients of the leaves to those of the full parameters."""
-        for store, source, key, cut, _ in self._slots:
-            if store[key].grad is not None:
-                cut.add_gradient(source[key], store[key].grad)
+        pairs = [
+            cut.gradient(source[key], store[key].grad)
+            for store, source, key, cut, _ in self._slots
+            if store[key].grad is not None
+        ]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
 
     def empty(self) -> None:
         """Put the narrow module's own parameters back, so that it holds on to nothing."""

@@ -61,15 +61,17 @@ class Cut:
             size[axis], offset = length, offset + start * strides[axis]
         return window.as_strided(size, strides, offset)  # one node of autograd, not one an axis
 
-    @torch.no_grad()
-    def add_gradient(self, full: Tensor, narrow: Tensor) -> None:
-        """Add the gradient of a narrow tensor to its place in the gradient of `full`, as autograd would."""
+    def gradient(self, full: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
+        """(where in the gradient of `full` it belongs, what to add there), of equal shape, for a narrow gradient.
+
+        `full` gets a gradient of zeros if it has none.
+        """
         if full.grad is None:
             full.grad = torch.zeros_like(full)
         if self.gain != 1.0:
             narrow = torch.cat((narrow[: self.gain_rows] * self.gain, narrow[self.gain_rows :]))
         window = self.window(full.grad)
-        window.add_(narrow.view(window.shape) if narrow.is_contiguous() else narrow.reshape(window.shape))
+        return window, narrow if narrow.shape == window.shape else narrow.reshape(window.shape)
 
     def __call__(self, full: Tensor) -> Tensor:
         """The narrow tensor: a view of `full` where strides allow, else a copy; autograd goes through.
