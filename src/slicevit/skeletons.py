@@ -70,12 +70,13 @@ class Links:
     def fill(self, leaves: bool = False) -> None:
         """Put views of the full parameters in place of the narrow module's own.
 
-        With `leaves` the views end autograd: their gradients stay narrow, for `add_gradients` to take.
+        With `leaves` they end autograd: their gradients stay narrow, for `add_gradients` to take. They are made
+        contiguous, because a step multiplies with each three times.
         """
         for store, source, key, cut, _ in self._slots:
             full = source[key]
             if leaves:
-                store[key] = cut(full.detach()).requires_grad_(full.requires_grad)
+                store[key] = cut(full.detach()).contiguous().requires_grad_(full.requires_grad)
             else:
                 store[key] = cut(full)
 
