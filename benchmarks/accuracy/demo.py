@@ -40,14 +40,20 @@ RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 
 
-def variants(share: float) -> dict[str, dict[str, Any]]:
+def variants(share: float, epochs: float) -> dict[str, dict[str, Any]]:
     """What each method changes in the demo's configuration; `share` is the equal-time share of its epochs."""
-    demo = preset("fashion")
-    separate = {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0}
+    demo = replace(preset("fashion"), epochs=epochs)
+    separate = {
+        "epochs": epochs,
+        "method": "separate",
+        "grid": "1/4:1:1/4",
+        "transfer_ramp": 0.0,
+        "full_width_epochs": 0.0,
+    }
     return {
-        "scala": {},
-        "usnet": {"method": "usnet"},
-        "published": {"layout": "flat", "attn_scale": "full"},
+        "scala": {"epochs": epochs},
+        "usnet": {"epochs": epochs, "method": "usnet"},
+        "published": {"epochs": epochs, "layout": "flat", "attn_scale": "full"},
         "separate": separate,
         "separate, equal time": separate | {"epochs": demo.epochs * share, "warmup_epochs": demo.warmup_epochs * share},
     }
@@ -120,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/demo"))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--epochs", type=float, default=preset("fashion").epochs, help="fewer, to try the script")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,7 @@ def main() -> None:
     if not shared.exists():
         shared.write_text(json.dumps({"share": equal_time_share()}))
     share = json.loads(shared.read_text())["share"]
-    methods = variants(share)
+    methods = variants(share, args.epochs)
 
     def folder(name: str, rate: float, seed: int) -> Path:
         return args.work / f"{name.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}"
@@ -170,6 +177,7 @@ def report(
             "date": time.strftime("%Y-%m-%d"),
             "torch": torch.__version__,
             "seeds": len(SEEDS),
+            "epochs": args.epochs,
             "equal_time_share": round(share, 3),
             "methods": figures,
         }
