@@ -242,14 +242,10 @@ class ElasticModel(nn.Module):
         """A stock timm module at `width` with a copy of its weights, trainable, in this model's train/eval mode."""
         legal = self.width(width)
         skeleton = self._build_skeleton(legal)
-        module, saved = skeleton.module, skeletons.persistent(self._full)
-        for prefix, owner in module.named_modules():
-            for store in (owner._parameters, owner._buffers):
-                for key in store:
-                    name = f"{prefix}.{key}" if prefix else key
-                    if name in skeleton.plan:
-                        copy = skeleton.plan[name](saved[name].detach()).clone(memory_format=torch.contiguous_format)
-                        store[key] = nn.Parameter(copy) if store is owner._parameters else copy
+        module = skeleton.module
+        for mine, source, key, cut in skeletons.slots(module, self._full, skeleton.plan):
+            copy = cut(source[key].detach()).clone(memory_format=torch.contiguous_format)
+            mine[key] = nn.Parameter(copy) if isinstance(source[key], nn.Parameter) else copy
         skeletons.match_modes(module, self._full)
         return module
 

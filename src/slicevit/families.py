@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -263,6 +263,3 @@ def _rule(fused: Fused, full: Any, narrow: Any, layout: Layout, attn_scale: Attn
         if any(True for _ in getattr(full, norm, nn.Identity()).parameters()):
             raise ValueError("attn_scale='full' does not go with normalised queries and keys: use 'narrow'")
     return Rule(axes, gain=(full.scale / narrow.scale), gain_share=Fraction(1, fused.projections))
-
-
-LAYOUTS: tuple[str, ...] = get_args(Layout)

@@ -20,8 +20,6 @@ from slicevit.families import AttnScale, Family, Layout, slicing_rules
 from slicevit.slicing import Cut, Plan, make_plan
 from slicevit.widths import End
 
-Build = Callable[[dict[str, Any]], nn.Module]
-
 
 @dataclass
 class Skeleton:
@@ -48,14 +46,7 @@ class Links:
     def __init__(self, module: nn.Module, full: nn.Module, plan: Plan):
         self.modules = list(zip(module.modules(), full.modules(), strict=True))
         self._children = [(theirs._modules, dict(theirs._modules)) for _, theirs in self.modules if theirs._modules]
-        self._slots: list[tuple[Any, Any, str, Cut, Any]] = []
-        for name, cut in plan.items():
-            prefix, _, key = name.rpartition(".")
-            mine, theirs = module.get_submodule(prefix), full.get_submodule(prefix)
-            store, source = (
-                (mine._parameters, theirs._parameters) if key in mine._parameters else (mine._buffers, theirs._buffers)
-            )
-            self._slots.append((store, source, key, cut, store[key]))
+        self._slots = [(*slot, slot[0][slot[2]]) for slot in slots(module, full, plan)]
 
     def current(self) -> bool:
         """Whether the full model still has the submodules that it had."""
@@ -75,7 +66,7 @@ class Links:
         """
         for store, source, key, cut, _ in self._slots:
             full = source[key]
-            if leaves:
+            if leaves and isinstance(full, nn.Parameter):
                 store[key] = cut(full.detach()).contiguous().requires_grad_(full.requires_grad)
             else:
                 store[key] = cut(full)
@@ -122,6 +113,15 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     for owner, name, parameter in own_parameters(module):
         owner._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
     return module
+
+
+def slots(module: nn.Module, full: nn.Module, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, Cut]]:
+    """Where each tensor of `plan` lies: (dictionary in `module`, dictionary in `full`, key in both, cut)."""
+    for name, cut in plan.items():
+        prefix, _, key = name.rpartition(".")
+        mine, theirs = module.get_submodule(prefix), full.get_submodule(prefix)
+        kind = "_parameters" if key in mine._parameters else "_buffers"
+        yield getattr(mine, kind), getattr(theirs, kind), key, cut
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -177,14 +177,7 @@ def make_subnet(model: ElasticModel, width: Fraction) -> Binding:
     """An unbound subnet of `model` at `width`, in eval mode."""
     skeleton = model._build_skeleton(width)
     module, full = skeleton.module, model._full
-    slots = []
-    for prefix, owner in module.named_modules():
-        theirs = full.get_submodule(prefix)
-        for mine, source in ((owner._parameters, theirs._parameters), (owner._buffers, theirs._buffers)):
-            for key in mine:
-                name = f"{prefix}.{key}" if prefix else key
-                if name in skeleton.plan:
-                    slots.append(_Slot(skeleton.plan[name], source, mine, key))
+    slots = [_Slot(cut, source, mine, key) for mine, source, key, cut in skeletons.slots(module, full, skeleton.plan)]
     stock = type(module)
     methods = {name: _refreshing(name) for name in _METHODS if hasattr(stock, name)}
     module.__class__ = type(stock.__name__, (_Bound, stock), methods)
