@@ -265,7 +265,7 @@ class ElasticModel(nn.Module):
         end = self.grid.end(width, self.settings.isolation)
         scale = "narrow" if width == FULL else self.settings.attn_scale
         plan = skeletons.plan_for(self._family, self._full, module, width, end, self.settings.layout, scale)
-        skeletons.match_buffers(module, self._full)
+        skeletons.match_buffers(skeletons.paired_buffers(module, self._full))
         return Skeleton(module, plan)
 
     def _build(self, arguments: dict[str, Any]) -> nn.Module:
@@ -324,7 +324,7 @@ class ElasticModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticModel:
         super()._apply(fn, recurse)
         for skeleton in self._skeletons.values():
-            skeletons.match_buffers(skeleton.module, self._full)
+            skeletons.match_buffers(skeletons.paired_buffers(skeleton.module, self._full))
         return self
 
     # Checks at construction

@@ -7,7 +7,7 @@ saved). By its shapes alone it says which axes shrink, and to what.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from slicevit.families import AttnScale, Family, Layout, slicing_rules
 from slicevit.slicing import Cut, Plan, make_plan
 from slicevit.widths import End
+
+Buffers = dict[str, Tensor | None]
 
 
 @dataclass
@@ -161,14 +163,21 @@ def plan_for(
     return make_plan(big, small, rules, width, end)
 
 
-def match_buffers(module: nn.Module, full: nn.Module) -> None:
-    """Move the buffers of `module` to the device and type of the buffers of the same name in `full`."""
-    theirs = dict(full.named_buffers())
+def paired_buffers(module: nn.Module, full: nn.Module) -> Iterator[tuple[str, Buffers, Buffers]]:
+    """(name, dictionary in `module`, dictionary in `full`) of every buffer that both have."""
+    owners = dict(full.named_modules())
     for prefix, owner in module.named_modules():
-        for name, buffer in owner._buffers.items():
-            other = theirs.get(f"{prefix}.{name}" if prefix else name)
-            if buffer is not None and other is not None:
-                owner._buffers[name] = buffer.to(device=other.device, dtype=other.dtype)
+        if prefix in owners:
+            for name in owner._buffers.keys() & owners[prefix]._buffers.keys():
+                yield name, owner._buffers, owners[prefix]._buffers
+
+
+def match_buffers(pairs: Iterable[tuple[str, Buffers, Buffers]]) -> None:
+    """Move the first buffer of each of `paired_buffers` to the device and type of the second."""
+    for name, mine, theirs in pairs:
+        buffer, other = mine[name], theirs[name]
+        if buffer is not None and other is not None:
+            mine[name] = buffer.to(device=other.device, dtype=other.dtype)
 
 
 def match_modes(module: nn.Module, full: nn.Module) -> None:

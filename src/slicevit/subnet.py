@@ -30,7 +30,6 @@ class _Slot:
     key: str
     shares: bool = False
 
-    @torch.inference_mode(False)
     def fill(self) -> None:
         source = self.source[self.key].detach()
         narrow = self.cut(source)
@@ -82,6 +81,7 @@ class Binding:
 
     def __init__(self, model: ElasticModel, width: Fraction, module: nn.Module, slots: list[_Slot]):
         self.model, self.width, self.module, self.slots = model, width, module, slots
+        self._buffers = list(skeletons.paired_buffers(module, model._full))
         self._children = [owner._modules for owner in model._full.modules() if owner._modules]
         self._kept = [dict(children) for children in self._children]
         self._seen: _Seen | None = None
@@ -107,11 +107,12 @@ class Binding:
         if not self._seen.is_current():
             self._fill()
 
+    @torch.inference_mode(False)
     def _fill(self) -> None:
         for slot in self.slots:
             slot.fill()
         self._seen = _Seen(self.slots)
-        skeletons.match_buffers(self.module, self.model._full)
+        skeletons.match_buffers(self._buffers)
 
     def release(self) -> None:
         """Drop every view and copy; the module's parameters are on `meta` again."""

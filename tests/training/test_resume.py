@@ -335,10 +335,10 @@ def test_a_real_process_killed_and_signalled(data: Path, reference: Path, tmp_pa
         wait_for_checkpoint(run, process)
         send(process.pid, number)
         _, text = process.communicate(timeout=60)
-        assert "Traceback" not in text, text
-        if number == signal.SIGKILL:
+        if number == signal.SIGKILL:  # its orphaned workers may well complain
             assert process.returncode == -signal.SIGKILL
         else:
+            assert "Traceback" not in text, text
             assert process.returncode == 128 + number, text
             assert f"slicevit train --resume {run}" in text
             assert step < read_checkpoint(run)["step"] < STEPS
