@@ -115,7 +115,7 @@ def equal_time_share(rounds: int = 12) -> float:
         for index, run in enumerate([elastic, *alone]):
             run.step = max(run.step, int(demo.full_width_epochs * run.loader.steps_per_epoch) + 1)
             start = time.perf_counter()
-            run._train_step(images, targets)
+            run.train_step(images, targets)
             if round_ > 1:
                 seconds.setdefault(index, []).append(time.perf_counter() - start)
     medians = [float(np.median(seconds[index])) for index in sorted(seconds)]

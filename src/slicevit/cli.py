@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
 import time
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         _fail(f"{command} is no command; there are {', '.join(COMMANDS)}")
+    from slicevit.training.ranks import RankLost
     from slicevit.training.signals import Interrupted
 
     try:
@@ -59,15 +61,25 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.filename or command}: {error.strerror or error}; what was saved before is kept")
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        _say(str(stop))
         sys.exit(stop.exit_status)
+    except RankLost as lost:  # one of those left has something to say
+        if str(lost):
+            print(f"slicevit: {lost}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _fail(message: str) -> None:
-    print(f"slicevit: {message}", file=sys.stderr)
+    _say(f"slicevit: {message}")
     sys.exit(2)
+
+
+def _say(message: str) -> None:
+    """On standard error, once: of several processes of a run the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 # train
@@ -138,6 +150,7 @@ def _take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[
 
 def _train(arguments: list[str]) -> None:
     from slicevit.training import runs
+    from slicevit.training.ranks import join
 
     console = Console()
     resume, arguments = _take_option(arguments, "--resume")
@@ -145,14 +158,16 @@ def _train(arguments: list[str]) -> None:
         if arguments:
             raise ValueError(f"--resume takes the run's own configuration: leave out {' '.join(arguments)}")
         folder = Path(resume)
+        config = runs.read_train_config(folder)
         rows = runs.resume(folder, console)
     else:
         name, arguments = _take_option(arguments, "--preset")
         out, arguments = _take_option(arguments, "--out")
         config = _parse_train(arguments, name)
-        folder = Path(out) if out else _new_folder(config)
+        folder = Path(out) if out else join(config.device).from_main(lambda: _new_folder(config))
         rows = runs.start(config, folder, console)
-    _print_results(console, rows, folder)
+    if join(config.device).is_main:
+        _print_results(console, rows, folder)
 
 
 def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:

@@ -535,9 +535,9 @@ def test_a_loss_that_is_not_finite(
 ) -> None:
     """Gradients of one step turn to nan: nothing is saved after it, and what was there goes on."""
     run, bad_step = tmp_path / "run", 5
-    from slicevit.training import loop
+    from slicevit.training import trainee
 
-    real, calls = loop.accumulate_gradients, [0]
+    real, calls = trainee.accumulate_gradients, [0]
 
     def poisoned(model: Any, *args: Any, **kwargs: Any) -> Any:
         losses = real(model, *args, **kwargs)
@@ -549,7 +549,7 @@ def test_a_loss_that_is_not_finite(
         return losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "accumulate_gradients", poisoned)
+        patch.setattr(trainee, "accumulate_gradients", poisoned)
         with pytest.raises(SystemExit) as stop:
             cli.main(train(data, run, workers=0))
     assert stop.value.code == 2

@@ -34,6 +34,7 @@ from slicevit.training import runs
 from slicevit.training.config import TrainConfig
 from slicevit.training.loop import Run
 from slicevit.training.objectives import Objective
+from slicevit.training.ranks import join
 from slicevit.training.sampling import draw_widths
 from slicevit.training.setup import Mixer, Teacher, build_optimizer, transform_config
 from slicevit.training.step import accumulate_gradients
@@ -685,7 +686,7 @@ def test_mixup_is_timms(data: Path) -> None:
 def test_the_optimizer_is_timms_adamw_with_its_exemptions(data: Path) -> None:
     model, stock = make()[0], timm.create_model(PLAIN, **KWARGS)
     for decay in (None, 0.7):
-        ours = build_optimizer(config_of(data, weight_decay=0.05, layer_decay=decay), model)
+        ours = build_optimizer(config_of(data, weight_decay=0.05, layer_decay=decay), model, join("cpu"))
         theirs = create_optimizer_v2(stock, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=decay)
         assert type(ours) is type(theirs)
         names = [{id(p): name for name, p in net.named_parameters()} for net in (model, stock)]

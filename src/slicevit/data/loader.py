@@ -127,8 +127,10 @@ def eval_batches(
     batch_size: int,
     workers: int = 0,
     max_bad_share: float = 0.01,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """All images once, in order; the last batch may be smaller.
+    """All images once, in order; the last batch may be smaller. Of several ranks each takes every so many-th image.
 
     An unreadable image is named in a warning of the logger "slicevit" and left out. (A `StreamSet` keeps its
     order with 0 or 1 workers alone, and its unreadable images are the reader's to skip.)
@@ -143,8 +145,9 @@ def eval_batches(
     if isinstance(dataset, StreamSet):
         source = dataset.open(workers=workers)
         return _run(_loader(_StreamBatches(source, transform, batch_size), workers), bad)
-    batches = _EvalBatches(dataset, transform, batch_size)
-    return _run(_loader(batches, workers, sampler=range(0, len(dataset), batch_size)), bad)
+    share = range(rank, len(dataset), world_size)
+    batches = _EvalBatches(dataset, transform, [share[i : i + batch_size] for i in range(0, len(share), batch_size)])
+    return _run(_loader(batches, workers, sampler=range(len(batches.shares))), bad)
 
 
 class _BadImages:
@@ -215,17 +218,17 @@ class _TrainBatches(Dataset):
 
 
 class _EvalBatches(Dataset):
-    """By the index of its first image: images_BCHW, targets_B, and the unreadable images left out."""
+    """By the number of the batch: images_BCHW, targets_B, and the unreadable images left out."""
 
-    def __init__(self, dataset: ImageSet, transform: Transform, batch_size: int):
+    def __init__(self, dataset: ImageSet, transform: Transform, shares: list[range]):
         self._dataset = dataset
         self._transform = transform
-        self._batch_size = batch_size
+        self.shares = shares
 
-    def __getitem__(self, first: int) -> tuple[Tensor, Tensor, dict[int, str]]:
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, dict[int, str]]:
         samples: list[tuple[Tensor, int]] = []
         found: dict[int, str] = {}
-        for index in range(first, min(first + self._batch_size, len(self._dataset))):
+        for index in self.shares[batch]:
             try:
                 image, target = self._dataset.load(index)
             except UnreadableImageError as error:

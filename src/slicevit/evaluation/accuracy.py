@@ -99,13 +99,16 @@ def evaluate(
         if progress is not None:
             progress(len(targets_B))
         seen += len(targets_B)
-    if seen == 0:
-        raise ValueError(_NO_IMAGES)
+    if not seen:  # this rank's share is empty, or there is nothing at all
+        for total in totals.values():
+            total.update(torch.empty(0, num_classes, device=device), torch.empty(0, dtype=torch.long, device=device))
     return {name: _accuracy(*total.compute()) for name, total in totals.items()}
 
 
 def _accuracy(top1: Tensor, top5: Tensor, loss: Tensor, images: Tensor) -> Accuracy:
     count = int(images)
+    if count == 0:
+        raise ValueError(_NO_IMAGES)
     return Accuracy(100 * int(top1) / count, 100 * int(top5) / count, float(loss) / count, count)
 
 

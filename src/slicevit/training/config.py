@@ -73,7 +73,7 @@ class TrainConfig:
     epochs: float = 20
     """Passes over the training images; a fraction is allowed."""
     batch_size: int = 128
-    """Images a step."""
+    """Images a step, over all ranks."""
     lr: float = 2e-3
     """Highest learning rate."""
     min_lr: float = 1e-5
@@ -92,6 +92,12 @@ class TrainConfig:
     """Exponential moving average of the weights; 0 is off. With it, the average is what is evaluated and saved."""
     amp: Literal["off", "bf16"] = "off"
     """Autocast."""
+    grad_accum_steps: int = 1
+    """Parts that a rank's images of a step are computed in; 0 finds the fewest that fit the GPU's memory."""
+    widths_per_rank: Literal["same", "own"] = "same"
+    """On several ranks: all draw the same widths, or each its own."""
+    shard_optimizer: bool = False
+    """On several ranks: each keeps its share of the optimizer's state (ZeRO stage 1)."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass."""
 
@@ -148,6 +154,7 @@ class TrainConfig:
             "transfer_ramp",
             "workers",
             "seed",
+            "grad_accum_steps",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
@@ -159,6 +166,13 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
+
+    def rank_batch(self, ranks: int) -> int:
+        """Images a step of one of `ranks` processes. Raises ValueError when they do not divide."""
+        if self.batch_size % (ranks * max(1, self.grad_accum_steps)):
+            parts = f" x --grad-accum-steps {self.grad_accum_steps}" if self.grad_accum_steps > 1 else ""
+            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of {ranks} processes{parts}")
+        return self.batch_size // ranks
 
     def change(self) -> tuple[WidthGrid, float] | None:
         """The grid of `grid_change` and the share of the run after which it comes. Raises ValueError."""

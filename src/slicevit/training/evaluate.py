@@ -13,8 +13,8 @@ from slicevit.elastic import ElasticModel
 from slicevit.evaluation.results import WidthResult, write_results
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.loop import LATENCY_SECONDS
+from slicevit.training.ranks import pick_device
 from slicevit.training.runs import SEPARATE, read_train_config
-from slicevit.training.setup import pick_device
 from slicevit.widths import FULL, WidthGrid, parse_fraction
 
 

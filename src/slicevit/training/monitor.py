@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LAG = 10
+Losses = dict[str, tuple[Tensor, int]]  # width -> (sum of its losses, how many steps)
 
 
 class LossMonitor:
@@ -58,19 +59,30 @@ class LossMonitor:
         step = int(self._first_bad)
         return step if step >= 0 else None
 
-    def means(self) -> dict[str, float]:
-        """Mean loss of every width visited since the epoch began."""
-        return {str(width): float(total) / self.counts[width] for width, total in self.sums.items()}
-
     def reset(self) -> None:
         """Begin an epoch."""
         self.sums, self.counts = {}, {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Losses:
         """For the checkpoint."""
         return {str(width): (total.cpu(), self.counts[width]) for width, total in self.sums.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Losses) -> None:
         """From the checkpoint."""
         self.sums = {Fraction(name): total.to(self.device) for name, (total, _) in state.items()}
         self.counts = {Fraction(name): count for name, (_, count) in state.items()}
+
+
+def merge_losses(parts: list[Losses]) -> Losses:
+    """The losses of all ranks in one."""
+    merged = dict(parts[0])
+    for part in parts[1:]:
+        for name, (total, count) in part.items():
+            before, steps = merged.get(name, (torch.zeros_like(total), 0))
+            merged[name] = before + total, steps + count
+    return merged
+
+
+def mean_losses(losses: Losses) -> dict[str, float]:
+    """Mean loss of every width visited."""
+    return {name: float(total) / count for name, (total, count) in losses.items()}

@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,6 +19,7 @@ from slicevit.evaluation.results import MetricsLog, WidthResult, read_metrics, r
 from slicevit.files import write_text
 from slicevit.training.config import TrainConfig, from_dict
 from slicevit.training.loop import Run
+from slicevit.training.ranks import join
 from slicevit.training.setup import build_model, class_count, open_split
 from slicevit.training.signals import Interrupted, StopRequest
 from slicevit.widths import WidthGrid
@@ -29,11 +32,15 @@ def start(config: TrainConfig, folder: Path, console: Console | None = None) -> 
 
     Raises ValueError when `folder` already holds a run, or for whatever in `config` cannot be had.
     """
+    join(config.device).from_main(lambda: _check_new(folder))
+    return _train(config, folder, console or Console())
+
+
+def _check_new(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or name another with --out")
-    return _train(config, folder, console or Console())
 
 
 def resume(folder: Path, console: Console | None = None) -> list[WidthResult]:
@@ -62,9 +69,13 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> list[WidthRes
     else:
         rows = Run(config, folder, console).train()
     with StopRequest():  # a signal now would leave half of the results
-        write_results(folder, rows)
-        write_pictures([folder])
+        join(config.device).from_main(lambda: _write(folder, rows))
     return rows
+
+
+def _write(folder: Path, rows: list[WidthResult]) -> None:
+    write_results(folder, rows)
+    write_pictures([folder])
 
 
 def _train_separately(config: TrainConfig, folder: Path, console: Console) -> list[WidthResult]:
@@ -73,20 +84,28 @@ def _train_separately(config: TrainConfig, folder: Path, console: Console) -> li
     metrics, rows = [], []
     in_chans = int(config.model_args.get("in_chans", 3))
     model = build_model(config, class_count(config, open_split(config, "train", in_chans)))
-    _describe(config, folder)
+    ranks = join(config.device)
+    ranks.from_main(lambda: _describe(config, folder))
     for width in widths:
         part = folder / SEPARATE / str(width).replace("/", "-")
-        if not (part / "results.json").exists():
+        if not ranks.from_main((part / "results.json").exists):
             try:
-                write_results(part, Run(_alone(config, model, width), part, console).train())
+                part_rows = Run(_alone(config, model, width), part, console).train()
             except Interrupted as stop:
                 raise Interrupted(folder, stop.signum) from None
-        rows += [replace(row, width=str(width)) for row in read_results(part)]
-        metrics += [row | {"width": str(width)} for row in read_metrics(part) if row["width"] == "1"]
+            ranks.from_main(partial(write_results, part, part_rows))
+        rows += [replace(row, width=str(width)) for row in ranks.from_main(partial(read_results, part))]
+        metrics += [
+            row | {"width": str(width)} for row in ranks.from_main(partial(read_metrics, part)) if row["width"] == "1"
+        ]
+    ranks.from_main(lambda: _write_metrics(folder, metrics))
+    return rows
+
+
+def _write_metrics(folder: Path, metrics: list[dict[str, Any]]) -> None:
     log = MetricsLog(folder)
     log.truncate(-1)
     log.append(sorted(metrics, key=lambda row: (row["epoch"], Fraction(row["width"]))))
-    return rows
 
 
 def _alone(config: TrainConfig, model: ElasticModel, width: Fraction) -> TrainConfig:

@@ -12,19 +12,19 @@ from slicevit.widths import WidthGrid
 _WIDTHS = 1  # the stream of random numbers that draws widths
 
 
-def generator(seed: int, step: int, stream: int) -> np.random.Generator:
+def generator(seed: int, step: int, stream: int, rank: int = 0) -> np.random.Generator:
     """A generator that depends on nothing but its arguments, so that a resumed run draws what it would have."""
-    return np.random.default_rng((seed, step, stream))
+    return np.random.default_rng((seed, step, stream, rank) if rank else (seed, step, stream))
 
 
-def draw_widths(grid: WidthGrid, draw: Draw, seed: int, step: int) -> tuple[Fraction, ...]:
-    """The widths of `step`, widest first.
+def draw_widths(grid: WidthGrid, draw: Draw, seed: int, step: int, rank: int = 0) -> tuple[Fraction, ...]:
+    """The widths of `step`, widest first. Another `rank` draws others.
 
     stable: full, m2, m1, smallest with m1 uniform on the legal widths in (s, m̄] and m2 on those in (m̄, l)
     (paper section 3.3). free: m1 < m2 uniform on all legal widths between s and l. one: a single width, uniform
     on the grid. full: the full width. A grid with too few widths between gives fewer.
     """
-    random = generator(seed, step, _WIDTHS)
+    random = generator(seed, step, _WIDTHS, rank)
     widths = list(grid)
     if draw == "full" or len(widths) == 1:
         return (grid.largest,)

@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from slicevit.checkpoint import from_pretrained
@@ -20,18 +21,7 @@ from slicevit.costs import model_input_size
 from slicevit.data import ImageSet, StreamSet, TransformConfig, open_dataset
 from slicevit.elastic import ElasticModel, create_model
 from slicevit.training.config import TrainConfig
-
-
-def pick_device(name: str) -> torch.device:
-    """auto is CUDA where there is one. Raises ValueError for a device that this machine has not."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is here; use --device cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is unknown: use auto, cpu or cuda") from None
+from slicevit.training.ranks import Ranks, lost_ranks
 
 
 def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
@@ -91,6 +81,17 @@ def transform_config(config: TrainConfig, model: ElasticModel) -> TransformConfi
     )
 
 
+def data_config(cfg: TransformConfig) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of how images are prepared."""
+    return {
+        "input_size": (cfg.in_chans, *cfg.img_size),
+        "mean": cfg.mean,
+        "std": cfg.std,
+        "interpolation": cfg.interpolation,
+        "crop_pct": cfg.crop_pct,
+    }
+
+
 def open_split(config: TrainConfig, split: str, in_chans: int) -> ImageSet | StreamSet:
     """The train or val images. Raises ValueError naming --data."""
     return open_dataset(config.data, split, root=config.data_root, in_chans=in_chans)
@@ -107,11 +108,31 @@ def class_count(config: TrainConfig, dataset: ImageSet | StreamSet) -> int:
     return dataset.num_classes
 
 
-def build_optimizer(config: TrainConfig, model: ElasticModel) -> Optimizer:
-    """timm's AdamW over the full parameters, with the model's own exemptions from weight decay."""
-    return create_optimizer_v2(
-        model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+def build_optimizer(config: TrainConfig, model: ElasticModel, ranks: Ranks) -> Optimizer:
+    """timm's AdamW over the full parameters, with the model's own exemptions from weight decay.
+
+    Fused on a GPU. With `shard_optimizer` every rank keeps and updates its share of the state (ZeRO stage 1).
+    """
+    options: dict[str, Any] = {"fused": True} if ranks.device.type == "cuda" else {}
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay, **options
     )
+    if not config.shard_optimizer or ranks.count == 1:
+        return optimizer
+    groups = [{key: value for key, value in group.items() if key in _GROUP} for group in optimizer.param_groups]
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config.lr, **options)
+
+
+_GROUP = ("params", "weight_decay", "lr", "lr_scale", "betas", "eps")
+
+
+def optimizer_state(optimizer: Optimizer, ranks: Ranks) -> dict[str, Any]:
+    """The whole state on the main rank, wherever its parts lie; every rank must call this."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        with lost_ranks():
+            optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if ranks.is_main else {}
+    return optimizer.state_dict()
 
 
 def build_schedule(config: TrainConfig, optimizer: Optimizer, total_steps: int, epoch_steps: int) -> Scheduler:
@@ -149,9 +170,9 @@ class Mixer:
         return (images_BCHW, targets_B) if self.mixup is None else self.mixup(images_BCHW, targets_B)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch and numpy from (seed, step): drop path, dropout and Mixup of a step depend on nothing else."""
-    state = np.random.SeedSequence((seed, step)).generate_state(2)
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch and numpy from (seed, step, rank): drop path, dropout and Mixup of a step depend on nothing else."""
+    state = np.random.SeedSequence((seed, step, rank) if rank else (seed, step)).generate_state(2)
     torch.manual_seed(int(state[0]))
     np.random.seed(int(state[1]))
 

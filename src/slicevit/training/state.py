@@ -54,3 +54,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return state
     except Exception as error:  # torch and zipfile raise many kinds for a broken file
         raise ValueError(f"{path} is broken ({' '.join(str(error).split())[:120]}): delete it to start again") from None
+
+
+def claim(folder: Path) -> bool:
+    """Whether this process is the first of those left after one was lost; the next start sweeps the mark away."""
+    try:
+        (folder / ".lost.tmp").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

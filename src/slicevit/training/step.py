@@ -21,11 +21,13 @@ def accumulate_gradients(
     *,
     external_BK: Tensor | None = None,
     transfer_weight: float = 1.0,
+    share: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[Fraction, Tensor]:
     """Add the gradients of all `widths` (widest first) to the model's parameters (paper algorithm 1).
 
-    Each width's activations are freed by its own backward pass. Returns the detached scalar loss of each width.
+    Each width's activations are freed by its own backward pass. `share` is these images' part of the step's, when it
+    takes several calls. Returns the detached scalar loss of each width.
     A step whose widest width is narrower than another teacher has only labels to learn from.
     """
     losses: dict[Fraction, Tensor] = {}
@@ -38,7 +40,7 @@ def accumulate_gradients(
                     loss = objective.full(output, targets, external_BK)
                 else:
                     loss = objective.narrow(output, targets, teacher_BK, transfer_weight)
-            loss.backward()
+            (loss if share == 1.0 else loss * share).backward()
         losses[width] = loss.detach()
         if teacher_BK is None or objective.transfer == "next":
             teacher_BK = distillation_logits(output)

@@ -1,0 +1,95 @@
+"""A run's folder: what is written there during the run, and going on from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from slicevit import checkpoint
+from slicevit.evaluation.results import MetricsLog
+from slicevit.training import setup
+from slicevit.training.monitor import merge_losses
+from slicevit.training.ranks import RankLost
+from slicevit.training.state import claim, load_checkpoint, save_checkpoint
+from slicevit.training.trainee import Trainee
+
+
+class NotFinite(ValueError):
+    """A loss was nan or infinite; nothing was saved over."""
+
+
+class Keeper:
+    """Keeps `run` in `folder`; the main rank reads and writes, and tells the others."""
+
+    metrics: MetricsLog
+
+    def __init__(self, run: Trainee, folder: Path):
+        self.run, self.folder = run, folder
+
+    def begin(self) -> None:
+        """Go on from what the folder holds; describe the run there when that is nothing.
+
+        Raises ValueError when the folder's files do not fit together.
+        """
+        run, main = self.run, self.run.ranks.from_main
+        main(self._sweep)
+        state = main(lambda: load_checkpoint(self.folder))
+        try:
+            changed = state is None or run.restore(state)
+        except ValueError as error:
+            raise ValueError(f"--resume {self.folder}: {error}") from None
+        if changed:
+            main(self.describe)
+        self.metrics = MetricsLog(self.folder)
+        main(lambda: self.metrics.truncate(run.step))
+
+    def _sweep(self) -> None:
+        """Remove what a run that was killed left half written."""
+        for left in (*self.folder.glob(".*.tmp"), *self.folder.glob(".saving-*/*")):
+            left.unlink()
+        for left in self.folder.glob(".saving-*"):
+            left.rmdir()
+
+    def describe(self) -> None:
+        """Write config.json, the model's card and its weights as they are."""
+        run = self.run
+        checkpoint.save_pretrained(
+            run.evaluated,
+            self.folder,
+            data_config=setup.data_config(run.transform),
+            label_names=run.class_names,
+            extra={"training": asdict(run.config)},
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint; every rank must call this. Raises NotFinite before anything is saved over."""
+        run = self.run
+        bad_steps = [step for step in run.ranks.gather(run.bad_step()) if step is not None]
+        self.check_finite(min(bad_steps, default=None))
+        state = run.state(setup.optimizer_state(run.optimizer, run.ranks))
+        state["losses"] = merge_losses(run.ranks.gather(run.monitor.state_dict()))
+        run.ranks.from_main(lambda: save_checkpoint(self.folder, state))
+
+    def rescue(self, lost: RankLost) -> str:
+        """Save the state without the ranks that are gone, once, and say so; what other ranks say is empty."""
+        run = self.run
+        whole = not run.config.shard_optimizer and run.bad_step() is None
+        if not claim(self.folder):
+            return ""
+        if whole:
+            save_checkpoint(self.folder, run.state(run.optimizer.state_dict()))
+        saved = load_checkpoint(self.folder)
+        state = f"step {saved['step']} is saved" if saved else "nothing was saved yet"
+        return f"a process of the run was lost ({lost}); {state}. Go on with any number of them: --resume {self.folder}"
+
+    def check_finite(self, step: int | None) -> None:
+        """Raise NotFinite when there is such a step."""
+        if step is None:
+            return
+        saved = load_checkpoint(self.folder)
+        good = f"the checkpoint of step {saved['step']} in {self.folder} is good" if saved else "nothing was saved yet"
+        widths = ", ".join(map(str, self.run.widths_of(step)))
+        raise NotFinite(
+            f"the loss of step {step} (widths {widths}) is not finite; {good}. "
+            "Start again in another folder with a lower --lr or with --clip-grad 1"
+        )

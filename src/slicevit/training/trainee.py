@@ -1,0 +1,221 @@
+"""What a run trains, and one step of it. Everything random comes from (seed, epoch, sample) or (seed, step)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from slicevit.data import TrainLoader, train_transform
+from slicevit.elastic import ElasticModel
+from slicevit.training import setup
+from slicevit.training.config import TrainConfig
+from slicevit.training.memory import fewest_parts
+from slicevit.training.monitor import LossMonitor
+from slicevit.training.objectives import Objective
+from slicevit.training.ranks import SharedGradients, join
+from slicevit.training.sampling import draw_widths
+from slicevit.training.step import accumulate_gradients
+from slicevit.widths import FULL
+
+
+class Trainee:
+    """The model of a run with its data, teacher, optimizer, schedule and average, on this rank.
+
+    Raises ValueError for whatever in `config` cannot be had, naming the flag.
+    """
+
+    def __init__(self, config: TrainConfig):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config.resolved()
+        self.ranks = join(config.device)
+        self.device = self.ranks.device
+        self._open_data()
+        self._fit_memory()
+        self.gradients = SharedGradients(self.model.parameters(), self.ranks) if self.ranks.count > 1 else None
+        self.optimizer = setup.build_optimizer(self.config, self.model, self.ranks)
+        epoch_steps = self.loader.steps_per_epoch
+        self.total_steps = max(1, round(self.config.epochs * epoch_steps))
+        self.schedule = setup.build_schedule(self.config, self.optimizer, self.total_steps, epoch_steps)
+        self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        assert self.config.transfer is not None
+        assert self.config.calibration is not None
+        self.objective = Objective(
+            self.config.transfer,
+            self.config.calibration,
+            config.smoothing,
+            config.distillation,
+            config.teacher_share,
+        )
+        self.monitor = LossMonitor(self.device)
+        self.step = 0
+        self._last_images: Tensor | None = None
+
+    def _open_data(self) -> None:
+        config = self.config
+        channels = int(config.model_args.get("in_chans", 3))
+        train_set = setup.open_split(config, "train", channels)
+        self.val_set = setup.open_split(config, "val", channels)
+        self.num_classes = setup.class_count(config, train_set)
+        self.class_names = getattr(train_set, "classes", None)
+        self.model = setup.build_model(config, self.num_classes).to(self.device)
+        if change := config.change():
+            self.model.set_grid(change[0])
+            self.model.set_grid(config.grid)
+        self.transform = setup.transform_config(config, self.model)
+        self.teacher = None
+        if config.teacher:
+            self.teacher = setup.Teacher(config.teacher, self.transform, self.num_classes, self.device)
+        self.mixer = setup.Mixer(config, self.num_classes)
+        self.loader = TrainLoader(
+            train_set,
+            train_transform(self.transform),
+            config.rank_batch(self.ranks.count),
+            config.seed,
+            workers=config.workers,
+            max_bad_share=config.max_bad_share,
+            repeats=config.repeats,
+            rank=self.ranks.index,
+            world_size=self.ranks.count,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _fit_memory(self) -> None:
+        """Fix `grad_accum_steps` where it is to be found; the run's configuration keeps what was found."""
+        if self.config.grad_accum_steps == 0:
+            batch = self.config.rank_batch(self.ranks.count)
+            shape = (self.transform.in_chans, *self.transform.img_size)
+            parts = fewest_parts(self.model, batch, shape, self._autocast)
+            self.config = replace(self.config, grad_accum_steps=max(self.ranks.gather(parts)))
+
+    def train_step(self, images_BCHW: Tensor, targets: Tensor, stop: bool = False) -> None:
+        """One optimizer step on this rank's images (B, C, H, W) and class indices (B,).
+
+        `stop` tells the other ranks that this one was asked to stop. Raises RankLost when one does not answer.
+        """
+        config = self.config
+        setup.seed_step(config.seed, self.step, self.ranks.index)
+        self.schedule.step_update(self.step)
+        images_BCHW, targets = self.mixer(images_BCHW, targets)
+        losses = self._accumulate(images_BCHW, targets)
+        if self.gradients is not None:
+            self.gradients.reduce(stop, torch.stack(list(losses.values())).isfinite().all())
+        if config.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        if self.gradients is not None:
+            self.gradients.zero()
+        else:
+            self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+        self.monitor.add(self.step, losses)
+        self.step += 1
+        self._last_images = images_BCHW
+
+    def _accumulate(self, images_BCHW: Tensor, targets: Tensor) -> dict[Fraction, Tensor]:
+        """Gradients of this rank's images, in `grad_accum_steps` parts; the mean loss of each width."""
+        parts = self.config.grad_accum_steps
+        widths = self.widths_of(self.step)
+        means: dict[Fraction, Tensor] = {}
+        for images, labels in zip(images_BCHW.chunk(parts), targets.chunk(parts), strict=True):
+            with self._autocast():
+                external_BK = self.teacher(images) if self.teacher is not None else None
+            losses = accumulate_gradients(
+                self.model,
+                images,
+                labels,
+                widths,
+                self.objective,
+                external_BK=external_BK,
+                transfer_weight=self.transfer_weight(),
+                share=len(images) / len(images_BCHW),
+                autocast=self._autocast,
+            )
+            for width, loss in losses.items():
+                share = loss if parts == 1 else loss * (len(images) / len(images_BCHW))
+                means[width] = means[width] + share if width in means else share
+        return means
+
+    def widths_of(self, step: int) -> tuple[Fraction, ...]:
+        """The widths that `step` trains, widest first."""
+        if step < self.config.full_width_epochs * self.loader.steps_per_epoch:
+            return (self.model.grid.largest,)
+        assert self.config.sampling is not None
+        rank = self.ranks.index if self.config.widths_per_rank == "own" else 0
+        return draw_widths(self.model.grid, self.config.sampling, self.config.seed, step, rank)
+
+    def transfer_weight(self) -> float:
+        """λ at this step: it grows from 0 over `transfer_ramp` of the run."""
+        ramp = self.config.transfer_ramp * self.total_steps
+        return self.config.transfer_weight * min(1.0, self.step / ramp if ramp else 1.0)
+
+    def change_grid(self, step: int) -> bool:
+        """Take the grid of `step` where `grid_change` asks for it; returns whether it was another before."""
+        change = self.config.change()
+        if change is None or step < change[1] * self.total_steps or self.model.grid == change[0]:
+            return False
+        self.model.set_grid(change[0])
+        if self.ema is not None:
+            self.ema.module.set_grid(change[0])
+        return True
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.config.amp == "off":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @property
+    def evaluated(self) -> ElasticModel:
+        """The weights that are evaluated and saved: the moving average where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """For the checkpoint, with the whole state of the optimizer."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": optimizer,
+            "losses": self.monitor.state_dict(),
+        }
+
+    def bad_step(self) -> int | None:
+        """A step whose loss, or after which an answer, is not finite on this rank."""
+        bad = self.monitor.bad_step()
+        return self.step if bad is None and not self._answers_are_finite() else bad
+
+    @torch.inference_mode()
+    def _answers_are_finite(self) -> bool:
+        """Whether the weights after the last step still give finite logits, narrowest and widest."""
+        if self._last_images is None:
+            return True
+        self.model.eval()
+        with self._autocast():
+            answers = [self.model(self._last_images, width=width) for width in (self.model.widths[0], FULL)]
+        self.model.train()
+        return all(bool(answer.isfinite().all()) for answer in answers)
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """From the checkpoint; returns whether its grid is another than the configuration's.
+
+        Raises ValueError when it does not fit the configuration.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"its checkpoint does not fit its config.json ({reason})") from None
+        if self.ranks.is_main:
+            self.monitor.load_state_dict(state["losses"])
+        self.step = int(state["step"])
+        return self.change_grid(self.step - 1)  # the grid of the last step: its epoch may still want its metrics
