@@ -31,6 +31,7 @@ ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published"}
 ROOM_OF = {
     "skeletons": "elastic",
     "subnet": "elastic",
+    "compiling": "elastic",
     "model_card": "checkpoint",
     "published": "checkpoint",
     "__main__": "cli",

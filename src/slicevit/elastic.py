@@ -20,7 +20,7 @@ import torch
 from timm.models._input import get_model_args
 from torch import Tensor, nn
 
-from slicevit import skeletons, subnet
+from slicevit import compiling, skeletons, subnet
 from slicevit.families import AttnScale, Heads, Layout, Scope, family_of
 from slicevit.skeletons import Links, Skeleton
 from slicevit.widths import FULL, Isolation, Width, WidthGrid
@@ -100,10 +100,10 @@ class ElasticModel(nn.Module):
         self._check_grid()
 
     def _reset_caches(self) -> None:
-        self.__dict__.update(_skeletons={}, _subnets={}, _lock=threading.RLock())
+        self.__dict__.update(_skeletons={}, _subnets={}, _lock=threading.RLock(), _compile_options=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_skeletons", "_subnets", "_lock")
+        hidden = ("_skeletons", "_subnets", "_lock", "_compile_options")
         return {key: value for key, value in self.__dict__.items() if key not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -208,6 +208,18 @@ class ElasticModel(nn.Module):
             finally:
                 links.empty()
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every repeated block, once a width, at the first call or training step at that width.
+
+        Calls and `backward_at` are compiled; `subnet` and `to_timm` give plain modules. `options` are those of
+        torch.compile; a block that does not compile as a whole is an error unless `fullgraph=False` is given.
+        """
+        self._compile_options = {"fullgraph": True, "dynamic": False} | options
+        compiling.allow_variants(len(self.widths))
+        compiling.compile_blocks(self._full, **self._compile_options)
+        with self._lock:
+            self._forget()
+
     # Narrow models
 
     def skeleton(self, width: Width) -> Skeleton:
@@ -216,6 +228,8 @@ class ElasticModel(nn.Module):
         with self._lock:
             if legal not in self._skeletons:
                 self._skeletons[legal] = self._build_skeleton(legal)
+                if self._compile_options is not None:
+                    compiling.compile_blocks(self._skeletons[legal].module, **self._compile_options)
             return self._skeletons[legal]
 
     def subnet(self, width: Width) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from slicevit.families import AttnScale, Heads, Layout, Scope
 from slicevit.training.methods import METHODS, Draw, MethodName, Transfer
 from slicevit.training.objectives import Distillation
+from slicevit.training.trackers import TrackerName
 from slicevit.widths import Isolation, WidthGrid, parse_fraction
 
 
@@ -98,6 +99,8 @@ class TrainConfig:
     """On several ranks: all draw the same widths, or each its own."""
     shard_optimizer: bool = False
     """On several ranks: each keeps its share of the optimizer's state (ZeRO stage 1)."""
+    compile: bool = False
+    """torch.compile by repeated block, once a width."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass."""
 
@@ -132,6 +135,8 @@ class TrainConfig:
     """Steps between checkpoints, besides one an epoch; 0 is none."""
     workers: int = 0
     """Processes that load images."""
+    log_with: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where figures go besides metrics.csv: tensorboard, wandb, mlflow; none when left empty."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int = 0
@@ -212,5 +217,5 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     unknown = sorted(values.keys() - known)
     if unknown:
         raise ValueError(f"config.json has training fields that this version does not know: {', '.join(unknown)}")
-    values = {key: tuple(value) if key == "rrc_scale" else value for key, value in values.items()}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return TrainConfig(**values)

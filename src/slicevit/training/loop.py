@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from slicevit.training.monitor import mean_losses, merge_losses
 from slicevit.training.progress import TrainProgress
 from slicevit.training.ranks import RankLost
 from slicevit.training.signals import Interrupted, StopRequest
+from slicevit.training.trackers import Trackers, check_installed
 from slicevit.training.trainee import Trainee
 
 LATENCY_SECONDS = 0.5
@@ -34,6 +36,7 @@ class Run(Trainee):
     """
 
     def __init__(self, config: TrainConfig, folder: Path, console: Console | None = None):
+        check_installed(config.log_with)
         super().__init__(config)
         self.folder = folder
         self.keeper = Keeper(self, folder)
@@ -49,7 +52,12 @@ class Run(Trainee):
         try:
             with StopRequest() as stop, self._progress() as progress:
                 self.keeper.begin()
-                return self._epochs(stop, progress)
+                names = self.config.log_with if self.ranks.is_main else ()
+                self.trackers = Trackers(names, self.folder, asdict(self.config), self.step)
+                try:
+                    return self._epochs(stop, progress)
+                finally:
+                    self.trackers.finish()
         except RankLost as lost:
             raise RankLost(self.keeper.rescue(lost)) from None
 
@@ -62,8 +70,10 @@ class Run(Trainee):
                 if self.change_grid(self.step):
                     self.ranks.from_main(self.keeper.describe)
                 self.train_step(images, targets, bool(stop.signum))
+                signum = self._agreed(stop)
                 progress.step(self.monitor.shown)
-                if signum := self._agreed(stop):
+                self.trackers.losses(self.monitor.shown, self.step)
+                if signum:
                     self.keeper.save()
                     raise Interrupted(self.folder, signum)
                 if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
@@ -118,6 +128,7 @@ class Run(Trainee):
             rows.append(row)
         checkpoint.save_weights(self.evaluated, self.folder)
         self.keeper.metrics.append(rows)
+        self.trackers.log(_figures(rows) | {"data_wait": progress.data_wait()}, self.step)
         progress.say(f"{_epoch_line(epoch, rows)}  (data wait {100 * progress.data_wait():.1f} %)")
 
     def _accuracy(self) -> dict[str, Accuracy]:
@@ -142,6 +153,15 @@ class Run(Trainee):
 
     def _progress(self) -> TrainProgress:
         return TrainProgress(self.console, self.total_steps, self.config.batch_size)
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """An epoch's rows as named figures: top1/1/2 and so on."""
+    figures: dict[str, float] = {"lr": rows[0]["lr"]}
+    for row in rows:
+        names = [name for name in ("top1", "top5", "loss") if row.get(name) is not None]
+        figures |= {f"{name}/{row['width']}": row[name] for name in names}
+    return figures
 
 
 def _epoch_line(epoch: int, rows: list[dict[str, Any]]) -> str:

@@ -68,6 +68,8 @@ class Trainee:
         if change := config.change():
             self.model.set_grid(change[0])
             self.model.set_grid(config.grid)
+        if config.compile:
+            self.model.compile_blocks()
         self.transform = setup.transform_config(config, self.model)
         self.teacher = None
         if config.teacher:
@@ -197,7 +199,7 @@ class Trainee:
         if self._last_images is None:
             return True
         self.model.eval()
-        with self._autocast():
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
             answers = [self.model(self._last_images, width=width) for width in (self.model.widths[0], FULL)]
         self.model.train()
         return all(bool(answer.isfinite().all()) for answer in answers)
