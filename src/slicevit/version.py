@@ -26,6 +26,11 @@ def check_version(package: str, found: str) -> None:
         warnings.warn(f"{wanted}: it has not been tested with it", stacklevel=2)
 
 
+def versions() -> dict[str, str]:
+    """The installed versions of slicevit and of what it computes with."""
+    return {"slicevit": __version__} | {package: version(package) for package in SUPPORTED}
+
+
 def check_installed() -> None:
     """`check_version` of every package in `SUPPORTED`, without importing it."""
     for package in SUPPORTED:

@@ -328,6 +328,32 @@ def test_streams(workers):
         TrainLoader(_Stream(43), no_transform, 4, seed=0, repeats=2)
 
 
+class _ShortStream(_Stream):
+    """Says that it has three times the images that it gives, as a rank's share of uneven or missing shards does."""
+
+    def open(self, **options: Any) -> _Source:
+        return _Source(self._length // 3, options["epoch"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_ends_early_is_read_again(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    train = TrainLoader(_ShortStream(60), draw_of_each_generator, 4, seed=0, workers=workers)
+    whole = list(train.epoch(0))
+    assert [len(batch) for _, batch in whole] == [4] * 15
+    assert len(set(targets(whole[:4]))) == 16
+    assert set(targets(whole)) == set(range(20))
+    assert "it is read again" in caplog.text
+    assert not same(whole[:4], whole[5:9])
+    for step in (1, 5, 9, 14):
+        assert same(whole[step:], train.epoch(0, start_step=step))
+
+
+def test_a_stream_without_a_whole_batch_is_refused() -> None:
+    train = TrainLoader(_ShortStream(9), no_transform, 4, seed=0)
+    with pytest.raises(ValueError, match=r"gave process 0 of 1 no batch of 4: make more shards"):
+        next(iter(train.epoch(0)))
+
+
 def truncate(path: Path) -> None:
     """Leaves a JPEG with a sound header and without its last pixels."""
     path.write_bytes(path.read_bytes()[:-100])

@@ -12,7 +12,7 @@ import signal
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class TrainLoader:
 
     A `StreamSet` is shuffled by timm's reader, which shares it out to the ranks of torch.distributed. Its
     batches are the same only for the same number of workers, a resumed epoch reads past the skipped part, and
-    unreadable images are the reader's to skip.
+    unreadable images are the reader's to skip. A rank whose shards end before the epoch does reads them again.
 
     Args:
         dataset: what to load.
@@ -112,13 +112,26 @@ class TrainLoader:
         return _run(loader, self._bad)
 
     def _stream_epoch(self, stream: StreamSet, epoch: int, start_step: int) -> Iterator[Batch]:
-        source = stream.open(
-            training=True, seed=self.seed, epoch=epoch, batch_size=self.batch_size, workers=self.workers
-        )
-        batches = _StreamBatches(source, self.transform, self.batch_size, (self.seed, epoch), start_step)
-        generator = _generator(self.seed, epoch)
-        loader = _loader(batches, self.workers, generator=generator, pin_memory=self.pin_memory)
-        yield from islice(_run(loader, self._bad), self.steps_per_epoch - start_step)
+        step = 0
+        for lap in count():
+            first, draw = step, (self.seed, epoch + lap * 1_000_000)
+            source = stream.open(
+                training=True, seed=self.seed, epoch=draw[1], batch_size=self.batch_size, workers=self.workers
+            )
+            batches = _StreamBatches(source, self.transform, self.batch_size, draw, start_step - first)
+            loader = _loader(batches, self.workers, generator=_generator(*draw), pin_memory=self.pin_memory)
+            for batch in _run(loader, self._bad, keep_empty=True):
+                step += 1
+                if step > start_step:
+                    yield batch
+                if step == self.steps_per_epoch:
+                    return
+            if step == first:
+                raise ValueError(
+                    f"--data {stream.spec} gave process {self.rank} of {self.world_size} no batch of "
+                    f"{self.batch_size}: make more shards than there are processes and workers, or lower --batch-size."
+                )
+            _logger.warning("%s gave %d of %d batches: it is read again", stream.spec, step, self.steps_per_epoch)
 
 
 def eval_batches(
@@ -295,12 +308,12 @@ def _loader(batches: Dataset, workers: int, **options: Any) -> DataLoader:
     return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=_ignore_signals, **options)
 
 
-def _run(loader: DataLoader, bad: _BadImages) -> Iterator[Batch]:
+def _run(loader: DataLoader, bad: _BadImages, keep_empty: bool = False) -> Iterator[Batch]:
     iterator = iter(loader)
     try:
         for images_BCHW, targets_B, found in iterator:
             bad.add(found)
-            if len(targets_B):
+            if len(targets_B) or keep_empty:
                 yield images_BCHW, targets_B
     finally:
         del iterator  # ends the worker processes now, even while an error's traceback still holds this frame

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from slicevit import checkpoint
 from slicevit.evaluation.results import MetricsLog
@@ -12,6 +14,9 @@ from slicevit.training.monitor import merge_losses
 from slicevit.training.ranks import RankLost
 from slicevit.training.state import claim, load_checkpoint, save_checkpoint
 from slicevit.training.trainee import Trainee
+from slicevit.version import versions
+
+_logger = logging.getLogger("slicevit")
 
 
 class NotFinite(ValueError):
@@ -40,6 +45,8 @@ class Keeper:
             raise ValueError(f"--resume {self.folder}: {error}") from None
         if changed:
             main(self.describe)
+        if state is not None and (others := _other_versions(state)):
+            _logger.warning("%s was begun with %s: its end may differ in the last bits", self.folder, others)
         self.metrics = MetricsLog(self.folder)
         main(lambda: self.metrics.truncate(run.step))
 
@@ -67,6 +74,7 @@ class Keeper:
         bad_steps = [step for step in run.ranks.gather(run.bad_step()) if step is not None]
         self.check_finite(min(bad_steps, default=None))
         state = run.state(setup.optimizer_state(run.optimizer, run.ranks))
+        state["versions"] = versions()
         state["losses"] = merge_losses(run.ranks.gather(run.monitor.state_dict()))
         run.ranks.from_main(lambda: save_checkpoint(self.folder, state))
 
@@ -93,3 +101,9 @@ class Keeper:
             f"the loss of step {step} (widths {widths}) is not finite; {good}. "
             "Start again in another folder with a lower --lr or with --clip-grad 1"
         )
+
+
+def _other_versions(state: dict[str, Any]) -> str:
+    """The versions that a checkpoint was written with, where they are not those installed."""
+    then, now = state.get("versions", {}), versions()
+    return ", ".join(f"{name} {then[name]}" for name in then if then[name] != now.get(name))
