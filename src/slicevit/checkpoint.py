@@ -9,12 +9,15 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from timm.models._hub import save_config_for_hf
@@ -96,6 +99,17 @@ def _unchanging(model: ElasticModel) -> dict[str, Any]:
     return {k: v for k, v in model.model_args.items() if k not in read_off and not k.endswith("_rate")}
 
 
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the client's lines about every retry: what fails in the end is said once."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
 def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
     """(config.json, path of the weights) of a folder, or of a Hub repository such as "owner/name".
 
@@ -111,7 +125,8 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
         raise ValueError(f"{folder_or_id} is neither a folder nor a Hub repository such as owner/name")
     else:
         try:
-            paths = tuple(Path(hf_hub_download(str(folder_or_id), name)) for name in (CONFIG, WEIGHTS))  # type: ignore[assignment]
+            with _quiet_hub():
+                paths = tuple(Path(hf_hub_download(str(folder_or_id), name)) for name in (CONFIG, WEIGHTS))  # type: ignore[assignment]
         except (HFValidationError, HfHubHTTPError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder_or_id} is neither a folder nor a reachable Hub repository ({reason})") from None

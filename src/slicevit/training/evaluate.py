@@ -110,9 +110,13 @@ def eval_config(config: dict[str, Any]) -> TransformConfig:
 
 def _asked_width(model: ElasticModel, text: str) -> Fraction:
     """The width that `text` names, which the grid need not hold. Raises ValueError when it cannot be cut."""
-    asked, grid = parse_fraction(text), model.grid
-    if asked in grid or not grid.smallest < asked < FULL:
-        return model.width(asked)
+    grid = model.grid
+    try:
+        asked = parse_fraction(text)
+        if asked in grid or not grid.smallest < asked < FULL:
+            return model.width(asked)
+    except ValueError as error:
+        raise ValueError(f"--width {text}: {error}") from None
     step = _common_step(asked - grid.smallest, FULL - grid.smallest)
     try:
         model.set_grid(WidthGrid(grid.smallest, FULL, step))
