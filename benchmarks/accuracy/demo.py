@@ -12,30 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from common_runs import WIDTHS, Job, correct, mean_top1, run_all, run_folder, stamp
 
-from slicevit import from_pretrained
-from slicevit.checkpoint import read_config
-from slicevit.data import eval_batches, eval_transform, open_dataset
-from slicevit.evaluation.accuracy import correct_per_image
-from slicevit.evaluation.results import read_results
 from slicevit.evaluation.statistics import paired_bootstrap
-from slicevit.training import runs
 from slicevit.training.config import TrainConfig
-from slicevit.training.evaluate import eval_config
 from slicevit.training.loop import Run
 from slicevit.training.presets import preset
 
-WIDTHS = ("1/4", "1/2", "3/4", "1")
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 
@@ -63,41 +54,6 @@ def config(changes: dict[str, Any], rate: float, seed: int) -> TrainConfig:
     """The demo with `changes`, evaluated at the end only, on one thread."""
     quiet = {"eval_every": 10_000, "threads": 1, "lr": rate, "seed": seed}
     return replace(preset("fashion"), **(quiet | changes))
-
-
-def train(job: tuple[dict[str, Any], float, int, Path]) -> None:
-    """One run, if it is not there yet."""
-    changes, rate, seed, folder = job
-    if (folder / "results.json").exists():
-        return
-    with open("/dev/null", "w") as quiet:
-        console = Console(file=quiet)
-        if (folder / "config.json").exists():
-            runs.resume(folder, console)
-        else:
-            runs.start(config(changes, rate, seed), folder, console)
-    print(f"{folder.name} {mean_top1(folder):.2f}", flush=True)
-
-
-def mean_top1(folder: Path) -> float:
-    """Mean top-1 over the four widths, in per cent."""
-    return float(np.mean([row.top1 for row in read_results(folder) if row.width in WIDTHS]))
-
-
-def correct(folder: Path) -> np.ndarray:
-    """Bool (4, N): whether each test image is right at each of the four widths."""
-    parts = {width: folder / "separate" / width.replace("/", "-") for width in WIDTHS}
-    separate = (folder / "separate").is_dir()
-    rows = []
-    for width in WIDTHS:
-        source = parts[width] if separate else folder
-        model = from_pretrained(source)
-        transform = eval_config(read_config(source)[0])
-        images = open_dataset("fashion-mnist", "val", in_chans=transform.in_chans)
-        batches = eval_batches(images, eval_transform(transform), 500)
-        net = model.subnet("1" if separate else width)
-        rows.append(correct_per_image(net, batches, "cpu").numpy())
-    return np.stack(rows)
 
 
 def equal_time_share(rounds: int = 12) -> float:
@@ -137,17 +93,17 @@ def main() -> None:
     methods = variants(share, args.epochs)
 
     def folder(name: str, rate: float, seed: int) -> Path:
-        return args.work / f"{name.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}"
+        return run_folder(args.work, name, rate, seed)
 
-    with ProcessPoolExecutor(args.jobs) as pool:
-        search = [(methods[name], rate, 0, folder(name, rate, 0)) for rate in RATES for name in methods]
-        list(pool.map(train, search))
-        best = {name: max(RATES, key=lambda rate: mean_top1(folder(name, rate, 0))) for name in methods}
-        print("best learning rates:", best, flush=True)
-        rest = [
-            (methods[name], best[name], seed, folder(name, best[name], seed)) for seed in SEEDS[1:] for name in methods
-        ]
-        list(pool.map(train, rest))
+    def train(wanted: list[tuple[str, float, int]]) -> None:
+        jobs = [Job(config(methods[name], rate, seed), folder(name, rate, seed)) for name, rate, seed in wanted]
+        if failed := run_all(lambda: jobs, args.jobs):
+            sys.exit(f"failed: {', '.join(run.name for run in failed)}")
+
+    train([(name, rate, 0) for rate in RATES for name in methods])
+    best = {name: max(RATES, key=lambda rate: mean_top1(folder(name, rate, 0))) for name in methods}
+    print("best learning rates:", best, flush=True)
+    train([(name, best[name], seed) for seed in SEEDS[1:] for name in methods])
     right = {name: np.stack([correct(folder(name, best[name], seed)) for seed in SEEDS]) for name in methods}
     report(args, right, best, share, folder)
 
@@ -169,13 +125,10 @@ def report(
             "search": {f"{rate:g}": round(mean_top1(folder(name, rate, 0)), 2) for rate in RATES},
         }
         print(f"{name:22} lr {best[name]:g}  " + "  ".join(f"{v:.2f}" for v in figures[name]["top1"].values()), versus)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     line = json.dumps(
         {
             "benchmark": "accuracy/demo",
-            "commit": commit,
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
+            **stamp(),
             "seeds": len(SEEDS),
             "epochs": args.epochs,
             "equal_time_share": round(share, 3),

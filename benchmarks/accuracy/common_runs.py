@@ -1,0 +1,157 @@
+"""What the accuracy scripts share: run folders, training several at a time, and which test images each gets right."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from slicevit import from_pretrained
+from slicevit.checkpoint import read_config
+from slicevit.data import eval_batches, eval_transform, open_dataset
+from slicevit.evaluation.accuracy import correct_per_image
+from slicevit.evaluation.results import read_results
+from slicevit.files import replacing, write_text
+from slicevit.training import runs
+from slicevit.training.config import TrainConfig
+from slicevit.training.evaluate import eval_config
+from slicevit.training.keeper import NotFinite
+from slicevit.training.ranks import pick_device
+from slicevit.training.signals import Interrupted, StopRequest
+
+WIDTHS = ("1/4", "1/2", "3/4", "1")
+NOT_FINITE = "not-finite.txt"
+
+
+class Job(NamedTuple):
+    """A run to be made, or gone on with, in `folder`."""
+
+    config: TrainConfig
+    folder: Path
+
+
+def run_folder(work: Path, name: str, rate: float, seed: int) -> Path:
+    """The folder of a run below `work`."""
+    return work / f"{name.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}"
+
+
+def done(folder: Path) -> bool:
+    """Whether the run has its results, or cannot have any because a loss was not finite."""
+    return (folder / "results.json").exists() or (folder / NOT_FINITE).exists()
+
+
+def mean_top1(folder: Path) -> float:
+    """Mean top-1 over the four widths, in per cent; minus infinity where a loss was not finite."""
+    if (folder / NOT_FINITE).exists():
+        return -np.inf
+    return float(np.mean([row.top1 for row in read_results(folder) if row.width in WIDTHS]))
+
+
+def run_all(ready: Callable[[], Iterable[Job]], workers: int) -> list[Path]:
+    """Train what `ready` names, `workers` runs at a time, until it names nothing new; returns the runs that failed.
+
+    `ready` is asked whenever a worker is free, so that a run may depend on the results of others. Each run is a
+    process of its own. SIGINT or SIGTERM ends them with their state saved, and then this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["slicevit.training.runs"])
+    started: set[Path] = set()
+    failed: list[Path] = []
+    running: dict[int, tuple[Any, Path]] = {}
+    told = False
+    with StopRequest() as stop:
+        while True:
+            if len(running) < workers and not stop.signum:
+                new = [job for job in ready() if job.folder not in started and not done(job.folder)]
+                for job in new[: workers - len(running)]:
+                    process = context.Process(target=_child, args=job)
+                    process.start()
+                    running[process.sentinel] = process, job.folder
+                    started.add(job.folder)
+            if not running:
+                break
+            for sentinel in wait(list(running), timeout=1):
+                process, folder = running.pop(sentinel)
+                process.join()
+                if process.exitcode == 0:
+                    print(f"{folder.name} {mean_top1(folder):.2f}", flush=True)
+                elif not stop.signum:
+                    failed.append(folder)
+                    print(f"{folder.name} failed", file=sys.stderr, flush=True)
+            if stop.signum and not told:
+                told = True
+                for process, _ in running.values():
+                    process.terminate()
+    if stop.signum:
+        sys.exit(128 + stop.signum)
+    return failed
+
+
+def _child(config: TrainConfig, folder: Path) -> None:
+    """The run, and which images it gets right, in a process that stops with its parent."""
+    os.setsid()  # Ctrl-C reaches the parent alone, which passes it on once
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    try:
+        with open(os.devnull, "w") as quiet:
+            console = Console(file=quiet)
+            if (folder / "config.json").exists():
+                runs.resume(folder, console)
+            else:
+                runs.start(config, folder, console)
+        correct(folder)
+    except Interrupted as stop:
+        sys.exit(stop.exit_status)
+    except NotFinite as error:
+        write_text(folder / NOT_FINITE, f"{error}\n")
+
+
+def _stop_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def correct(folder: Path, widths: Sequence[str] = WIDTHS, grid: str | None = None) -> np.ndarray:
+    """Bool (W, N): whether each test image is right at each of `widths`; kept in the run's folder.
+
+    `grid` names one that holds the widths, where the run's own does not.
+    """
+    return np.stack([_correct(folder, width, grid) for width in widths])
+
+
+def _correct(folder: Path, width: str, grid: str | None) -> np.ndarray:
+    name = width.replace("/", "-")
+    kept = folder / f"correct-{name}.npy"
+    if kept.exists():
+        return np.load(kept)
+    separate = (folder / runs.SEPARATE).is_dir()
+    source = folder / runs.SEPARATE / name if separate else folder
+    training = runs.read_train_config(source)
+    transform = eval_config(read_config(source)[0])
+    device = pick_device(training.device)
+    model = from_pretrained(source, **({"grid": grid} if grid and not separate else {})).to(device)
+    images = open_dataset(training.data, "val", root=training.data_root, in_chans=transform.in_chans)
+    batches = eval_batches(images, eval_transform(transform), training.eval_batch_size, training.workers)
+    hits_N = correct_per_image(model.subnet("1" if separate else width), batches, device).numpy()
+    with replacing(kept) as temporary, open(temporary, "wb") as file:
+        np.save(file, hits_N)
+    return hits_N
+
+
+def stamp() -> dict[str, str]:
+    """What a result was made with."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
