@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     except Interrupted as stop:
         _say(str(stop))
         sys.exit(stop.exit_status)
-    except RankLost as lost:  # one of those left has something to say
-        if str(lost):
+    except RankLost as lost:
+        if lost.said or (lost.said is None and _speaks()):
             print(f"slicevit: {lost}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(lost.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -78,8 +78,13 @@ def _fail(message: str) -> None:
 
 def _say(message: str) -> None:
     """On standard error, once: of several processes of a run the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print(message, file=sys.stderr, flush=True)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one of a run's to say what all of them could."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # train
@@ -158,7 +163,6 @@ def _train(arguments: list[str]) -> None:
         if arguments:
             raise ValueError(f"--resume takes the run's own configuration: leave out {' '.join(arguments)}")
         folder = Path(resume)
-        config = runs.read_train_config(folder)
         rows = runs.resume(folder, console)
     else:
         name, arguments = _take_option(arguments, "--preset")
@@ -166,7 +170,7 @@ def _train(arguments: list[str]) -> None:
         config = _parse_train(arguments, name)
         folder = Path(out) if out else join(config.device).from_main(lambda: _new_folder(config))
         rows = runs.start(config, folder, console)
-    if join(config.device).is_main:
+    if _speaks():
         _print_results(console, rows, folder)
 
 

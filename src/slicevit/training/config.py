@@ -93,8 +93,9 @@ class TrainConfig:
     """Exponential moving average of the weights; 0 is off. With it, the average is what is evaluated and saved."""
     amp: Literal["off", "bf16"] = "off"
     """Autocast."""
-    grad_accum_steps: int = 1
-    """Parts that a rank's images of a step are computed in; 0 finds the fewest that fit the GPU's memory."""
+    micro_batch: int | None = None
+    """Images that a process computes at once, the rest of its share after them (gradient accumulation); 0 finds the
+    most that fit the GPU's memory. Its whole share by default."""
     widths_per_rank: Literal["same", "own"] = "same"
     """On several ranks: all draw the same widths, or each its own."""
     shard_optimizer: bool = False
@@ -135,6 +136,8 @@ class TrainConfig:
     """Steps between checkpoints, besides one an epoch; 0 is none."""
     workers: int = 0
     """Processes that load images."""
+    in_memory: bool = False
+    """Decode the training images once, keep them on the device, and augment them there in batches."""
     log_with: tuple[TrackerName, ...] = ("tensorboard",)
     """Where figures go besides metrics.csv: tensorboard, wandb, mlflow; none when left empty."""
     device: str = "auto"
@@ -159,9 +162,9 @@ class TrainConfig:
             "transfer_ramp",
             "workers",
             "seed",
-            "grad_accum_steps",
+            "micro_batch",
         ):
-            if not getattr(self, name) >= 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         for name in ("ema_decay", "drop_path", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
@@ -174,9 +177,12 @@ class TrainConfig:
 
     def rank_batch(self, ranks: int) -> int:
         """Images a step of one of `ranks` processes. Raises ValueError when they do not divide."""
-        if self.batch_size % (ranks * max(1, self.grad_accum_steps)):
-            parts = f" x --grad-accum-steps {self.grad_accum_steps}" if self.grad_accum_steps > 1 else ""
-            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of {ranks} processes{parts}")
+        if self.batch_size % ranks:
+            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of {ranks} processes")
+        if (self.mixup or self.cutmix) and self.batch_size // ranks % 2:
+            raise ValueError(
+                f"--batch-size {self.batch_size} over {ranks} processes must be even for each with --mixup or --cutmix"
+            )
         return self.batch_size // ranks
 
     def change(self) -> tuple[WidthGrid, float] | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from slicevit import checkpoint
+from slicevit.checkpoint import CONFIG
 from slicevit.evaluation.results import MetricsLog
 from slicevit.training import setup
 from slicevit.training.monitor import merge_losses
-from slicevit.training.ranks import RankLost
+from slicevit.training.ranks import RankLost, is_connection, shared
 from slicevit.training.state import claim, load_checkpoint, save_checkpoint
 from slicevit.training.trainee import Trainee
 from slicevit.version import versions
@@ -78,17 +79,25 @@ class Keeper:
         state["losses"] = merge_losses(run.ranks.gather(run.monitor.state_dict()))
         run.ranks.from_main(lambda: save_checkpoint(self.folder, state))
 
-    def rescue(self, lost: RankLost) -> str:
-        """Save the state without the ranks that are gone, once, and say so; what other ranks say is empty."""
+    def rescue(self, error: Exception) -> RankLost:
+        """Save the state without the ranks that are gone, once; the error to raise, which one rank says."""
         run = self.run
         whole = not run.config.shard_optimizer and run.bad_step() is None
         if not claim(self.folder):
-            return ""
-        if whole:
-            save_checkpoint(self.folder, run.state(run.optimizer.state_dict()))
-        saved = load_checkpoint(self.folder)
-        state = f"step {saved['step']} is saved" if saved else "nothing was saved yet"
-        return f"a process of the run was lost ({lost}); {state}. Go on with any number of them: --resume {self.folder}"
+            return RankLost("another process says why", said=False)
+        lost = isinstance(error, RankLost) or is_connection(error)
+        reason = "a process of the run was lost" if lost else f"process {run.ranks.index}: {error}"
+        advice = "start again"
+        try:
+            if whole and (self.folder / CONFIG).exists():
+                save_checkpoint(self.folder, run.state(run.optimizer.state_dict()) | {"versions": versions()})
+            if saved := load_checkpoint(self.folder):
+                advice = (
+                    f"step {saved['step']} is saved: go on, with any number of processes, with --resume {self.folder}"
+                )
+        except ValueError as unsaved:
+            advice = str(unsaved)
+        return RankLost(f"{reason}; {advice}", 2 if isinstance(error, ValueError) else 1, said=True)
 
     def check_finite(self, step: int | None) -> None:
         """Raise NotFinite when there is such a step."""
@@ -96,11 +105,13 @@ class Keeper:
             return
         saved = load_checkpoint(self.folder)
         good = f"the checkpoint of step {saved['step']} in {self.folder} is good" if saved else "nothing was saved yet"
-        widths = ", ".join(map(str, self.run.widths_of(step)))
-        raise NotFinite(
+        own = self.run.config.widths_per_rank == "own" and self.run.ranks.count > 1
+        widths = "each process its own" if own else ", ".join(map(str, self.run.widths_of(step)))
+        error = NotFinite(
             f"the loss of step {step} (widths {widths}) is not finite; {good}. "
             "Start again in another folder with a lower --lr or with --clip-grad 1"
         )
+        raise shared(error)
 
 
 def _other_versions(state: dict[str, Any]) -> str:

@@ -21,9 +21,9 @@ from slicevit.training.config import TrainConfig
 from slicevit.training.keeper import Keeper
 from slicevit.training.monitor import mean_losses, merge_losses
 from slicevit.training.progress import TrainProgress
-from slicevit.training.ranks import RankLost
+from slicevit.training.ranks import is_shared
 from slicevit.training.signals import Interrupted, StopRequest
-from slicevit.training.trackers import Trackers, check_installed
+from slicevit.training.trackers import Trackers
 from slicevit.training.trainee import Trainee
 
 LATENCY_SECONDS = 0.5
@@ -36,7 +36,6 @@ class Run(Trainee):
     """
 
     def __init__(self, config: TrainConfig, folder: Path, console: Console | None = None):
-        check_installed(config.log_with)
         super().__init__(config)
         self.folder = folder
         self.keeper = Keeper(self, folder)
@@ -47,7 +46,7 @@ class Run(Trainee):
         """Train to the end and evaluate every width; returns the rows of results.csv.
 
         Raises Interrupted after a signal, with the state saved, NotFinite when a loss is not finite, and RankLost
-        when another process is gone, with the state saved by one of those left.
+        when another process is gone or only one met an error, with the state saved by the first that notices.
         """
         try:
             with StopRequest() as stop, self._progress() as progress:
@@ -58,8 +57,10 @@ class Run(Trainee):
                     return self._epochs(stop, progress)
                 finally:
                     self.trackers.finish()
-        except RankLost as lost:
-            raise RankLost(self.keeper.rescue(lost)) from None
+        except (RuntimeError, ValueError) as error:
+            if self.ranks.count == 1 or is_shared(error):
+                raise
+            raise self.keeper.rescue(error) from None
 
     def _epochs(self, stop: StopRequest, progress: TrainProgress) -> list[WidthResult]:
         epoch_steps = self.loader.steps_per_epoch
@@ -87,16 +88,13 @@ class Run(Trainee):
         return rows
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        done = self.step - epoch * self.loader.steps_per_epoch
-        try:
-            for images, targets in self.loader.epoch(epoch, done):
-                if self.step >= self.total_steps:
-                    return
-                yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        except ValueError as error:
-            if self.ranks.count == 1:
-                raise
-            raise RankLost(f"rank {self.ranks.index}: {error}") from None
+        end = min(self.total_steps, (epoch + 1) * self.loader.steps_per_epoch)
+        for images, targets in self.loader.epoch(epoch, self.step - epoch * self.loader.steps_per_epoch):
+            if self.step == end:
+                return
+            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        if self.step < end:
+            raise ValueError(f"--data {self.config.data} ended {end - self.step} steps before the end of the epoch")
 
     def _agreed(self, stop: StopRequest) -> int:
         """The signal that asks to stop, or 0, as all ranks see it at this step. Raises NotFinite."""

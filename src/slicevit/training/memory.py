@@ -1,4 +1,4 @@
-"""How many parts a step's images must be computed in to fit the device's memory."""
+"""How many images a process can compute at once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from slicevit.elastic import ElasticModel
 
 
-def fewest_parts(
+def most_images(
     model: ElasticModel,
     batch_size: int,
     image_shape: tuple[int, int, int],
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> int:
-    """The smallest divisor of `batch_size` with which the widest pass of a step fits, optimizer state included.
+    """The most of `batch_size` images, in equal parts, whose widest pass fits the memory, optimizer state included.
 
     Each width frees its activations before the next, so the full width's pass decides. Leaves no gradient behind.
     Raises ValueError when a single image does not fit.
@@ -34,8 +34,8 @@ def fewest_parts(
         model.zero_grad()
         clear_device_cache(garbage_collection=True)
         if fits:
-            return parts
-    raise ValueError("--grad-accum-steps 0: not even one image fits the device's memory; try --grad-checkpointing True")
+            return batch_size // parts
+    raise ValueError("--micro-batch 0: not even one image fits the device's memory; try --grad-checkpointing True")
 
 
 def _try_pass(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LAG = 10
-Losses = dict[str, tuple[Tensor, int]]  # width -> (sum of its losses, how many steps)
+Losses = dict[str, tuple[Tensor, float]]  # width -> (sum of its losses, how many steps)
 
 
 class LossMonitor:
@@ -18,7 +18,7 @@ class LossMonitor:
     def __init__(self, device: torch.device):
         self.device = device
         self.sums: dict[Fraction, Tensor] = {}
-        self.counts: dict[Fraction, int] = {}
+        self.counts: dict[Fraction, float] = {}
         self._first_bad = torch.full((), -1, dtype=torch.long, device=device)
         self._pending: tuple[dict[Fraction, Tensor], Tensor, Any] | None = None
         self.shown: dict[Fraction, float] = {}
@@ -74,12 +74,12 @@ class LossMonitor:
 
 
 def merge_losses(parts: list[Losses]) -> Losses:
-    """The losses of all ranks in one."""
-    merged = dict(parts[0])
-    for part in parts[1:]:
+    """The losses of all ranks in one, where a step counts once, whatever their number."""
+    merged: Losses = {}
+    for part in parts:
         for name, (total, count) in part.items():
-            before, steps = merged.get(name, (torch.zeros_like(total), 0))
-            merged[name] = before + total, steps + count
+            before, steps = merged.get(name, (torch.zeros_like(total), 0.0))
+            merged[name] = before + total / len(parts), steps + count / len(parts)
     return merged
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,15 @@ T = TypeVar("T")
 
 
 class RankLost(RuntimeError):
-    """Another process of the run is gone, or does not answer."""
+    """A process of the run is gone, or met an error that the others did not.
+
+    Attributes:
+        exit_status: of this process. said: whether this process is the one to say it; None while that is not settled.
+    """
+
+    def __init__(self, reason: str, exit_status: int = 1, said: bool | None = None):
+        super().__init__(reason)
+        self.exit_status, self.said = exit_status, said
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,33 @@ class Ranks:
         with lost_ranks():
             broadcast_object_list(answer)
         if answer[1] is not None:
-            raise answer[1]
+            raise shared(answer[1])
         return answer[0]
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` gives on this rank; what it raises on any rank is raised on all. It must not talk to others."""
+        if self.count == 1:
+            return make()
+        answer, error = None, None
+        try:
+            answer = make()
+        except (ValueError, OSError) as raised:
+            error = raised
+        for first in self.gather(error):
+            if first is not None:
+                raise shared(first)
+        return cast(T, answer)
+
+
+def shared(error: Exception) -> Exception:
+    """`error`, marked as one that all ranks raise."""
+    error.__dict__["shared"] = True
+    return error
+
+
+def is_shared(error: Exception) -> bool:
+    """Whether all ranks raise this error, so that one of them may say it."""
+    return "shared" in error.__dict__
 
 
 @contextmanager
@@ -69,8 +102,13 @@ def lost_ranks() -> Iterator[None]:
     """Says RankLost for what torch.distributed raises when another process does not answer."""
     try:
         yield
-    except RuntimeError as error:  # torch.distributed.DistBackendError is one too
-        raise RankLost(" ".join(str(error).split())[:160]) from None
+    except RuntimeError as error:
+        raise (RankLost("a process of the run was lost") if is_connection(error) else error) from None
+
+
+def is_connection(error: Exception) -> bool:
+    """Whether torch.distributed raised this because another process does not answer. (gloo has no type of its own.)"""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def join(device: str = "auto") -> Ranks:

@@ -48,7 +48,9 @@ def resume(folder: Path, console: Console | None = None) -> list[WidthResult]:
 
     Raises ValueError when `folder` holds no run, or its files do not fit together.
     """
-    return _train(read_train_config(folder), folder, console or Console())
+    here = (folder / "config.json").exists()  # not on every machine, where they share no disk
+    ranks = join(read_train_config(folder).device if here else "auto")
+    return _train(ranks.from_main(lambda: read_train_config(folder)), folder, console or Console())
 
 
 def read_train_config(folder: Path) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,10 +24,13 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Within the block the first SIGINT or SIGTERM only sets `signum`; a second one acts at once."""
+    """Within the block the first SIGINT or SIGTERM only sets `signum`; one more than a second later acts at once.
+
+    Sooner it is the same request: schedulers signal every process, and `torchrun` hands on its own.
+    """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self._when = 0, 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,6 +44,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum:
+        if not self.signum:
+            self.signum, self._when = signum, time.monotonic()
+        elif time.monotonic() - self._when > 1:
             raise KeyboardInterrupt
-        self.signum = signum

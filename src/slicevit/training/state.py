@@ -58,8 +58,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def claim(folder: Path) -> bool:
     """Whether this process is the first of those left after one was lost; the next start sweeps the mark away."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / ".lost.tmp").touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError:  # a full disk: better said twice than not at all
+        return True
     return True

@@ -12,15 +12,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from slicevit.data import TrainLoader, train_transform
+from slicevit.data.memory import MemoryLoader
 from slicevit.elastic import ElasticModel
 from slicevit.training import setup
 from slicevit.training.config import TrainConfig
-from slicevit.training.memory import fewest_parts
+from slicevit.training.memory import most_images
 from slicevit.training.monitor import LossMonitor
 from slicevit.training.objectives import Objective
-from slicevit.training.ranks import SharedGradients, join
+from slicevit.training.ranks import SharedGradients, join, shared
 from slicevit.training.sampling import draw_widths
 from slicevit.training.step import accumulate_gradients
+from slicevit.training.trackers import check_installed
 from slicevit.widths import FULL
 
 
@@ -36,7 +38,8 @@ class Trainee:
         self.config = config.resolved()
         self.ranks = join(config.device)
         self.device = self.ranks.device
-        self._open_data()
+        self.ranks.together(self._open_data)
+        self._compare_data()
         self._fit_memory()
         self.gradients = SharedGradients(self.model.parameters(), self.ranks) if self.ranks.count > 1 else None
         self.optimizer = setup.build_optimizer(self.config, self.model, self.ranks)
@@ -59,6 +62,7 @@ class Trainee:
 
     def _open_data(self) -> None:
         config = self.config
+        check_installed(config.log_with)
         channels = int(config.model_args.get("in_chans", 3))
         train_set = setup.open_split(config, "train", channels)
         self.val_set = setup.open_split(config, "val", channels)
@@ -75,26 +79,36 @@ class Trainee:
         if config.teacher:
             self.teacher = setup.Teacher(config.teacher, self.transform, self.num_classes, self.device)
         self.mixer = setup.Mixer(config, self.num_classes)
-        self.loader = TrainLoader(
-            train_set,
-            train_transform(self.transform),
-            config.rank_batch(self.ranks.count),
-            config.seed,
-            workers=config.workers,
-            max_bad_share=config.max_bad_share,
-            repeats=config.repeats,
-            rank=self.ranks.index,
-            world_size=self.ranks.count,
-            pin_memory=self.device.type == "cuda",
-        )
+        options: dict[str, Any] = {
+            "batch_size": config.rank_batch(self.ranks.count),
+            "seed": config.seed,
+            "workers": config.workers,
+            "max_bad_share": config.max_bad_share,
+            "repeats": config.repeats,
+            "rank": self.ranks.index,
+            "world_size": self.ranks.count,
+        }
+        self.loader: TrainLoader
+        if config.in_memory:
+            self.loader = MemoryLoader(train_set, self.transform, device=self.device, **options)
+        else:
+            on_gpu = self.device.type == "cuda"
+            self.loader = TrainLoader(train_set, train_transform(self.transform), pin_memory=on_gpu, **options)
+
+    def _compare_data(self) -> None:
+        """Raise ValueError when the data set has not as many images on every machine."""
+        counts = set(self.ranks.gather((len(self.loader.dataset), len(self.val_set))))
+        if len(counts) > 1:
+            seen = ", ".join(f"{train} + {val}" for train, val in sorted(counts))
+            raise shared(ValueError(f"--data {self.config.data}: the processes see different images ({seen})"))
 
     def _fit_memory(self) -> None:
-        """Fix `grad_accum_steps` where it is to be found; the run's configuration keeps what was found."""
-        if self.config.grad_accum_steps == 0:
+        """Fix `micro_batch` where it is to be found; the run's configuration keeps what was found."""
+        if self.config.micro_batch == 0:
             batch = self.config.rank_batch(self.ranks.count)
             shape = (self.transform.in_chans, *self.transform.img_size)
-            parts = fewest_parts(self.model, batch, shape, self._autocast)
-            self.config = replace(self.config, grad_accum_steps=max(self.ranks.gather(parts)))
+            fitting = self.ranks.together(lambda: most_images(self.model, batch, shape, self._autocast))
+            self.config = replace(self.config, micro_batch=min(self.ranks.gather(fitting)))
 
     def train_step(self, images_BCHW: Tensor, targets: Tensor, stop: bool = False) -> None:
         """One optimizer step on this rank's images (B, C, H, W) and class indices (B,).
@@ -122,11 +136,12 @@ class Trainee:
         self._last_images = images_BCHW
 
     def _accumulate(self, images_BCHW: Tensor, targets: Tensor) -> dict[Fraction, Tensor]:
-        """Gradients of this rank's images, in `grad_accum_steps` parts; the mean loss of each width."""
-        parts = self.config.grad_accum_steps
+        """Gradients of this rank's images, `micro_batch` at a time; the mean loss of each width."""
+        size = self.config.micro_batch or len(images_BCHW)
         widths = self.widths_of(self.step)
         means: dict[Fraction, Tensor] = {}
-        for images, labels in zip(images_BCHW.chunk(parts), targets.chunk(parts), strict=True):
+        for images, labels in zip(images_BCHW.split(size), targets.split(size), strict=True):
+            part = len(images) / len(images_BCHW)
             with self._autocast():
                 external_BK = self.teacher(images) if self.teacher is not None else None
             losses = accumulate_gradients(
@@ -137,12 +152,11 @@ class Trainee:
                 self.objective,
                 external_BK=external_BK,
                 transfer_weight=self.transfer_weight(),
-                share=len(images) / len(images_BCHW),
+                share=part,
                 autocast=self._autocast,
             )
             for width, loss in losses.items():
-                share = loss if parts == 1 else loss * (len(images) / len(images_BCHW))
-                means[width] = means[width] + share if width in means else share
+                means[width] = means[width] + loss * part if width in means else loss * part
         return means
 
     def widths_of(self, step: int) -> tuple[Fraction, ...]:
@@ -217,7 +231,6 @@ class Trainee:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"its checkpoint does not fit its config.json ({reason})") from None
-        if self.ranks.is_main:
-            self.monitor.load_state_dict(state["losses"])
+        self.monitor.load_state_dict(state["losses"])
         self.step = int(state["step"])
         return self.change_grid(self.step - 1)  # the grid of the last step: its epoch may still want its metrics
