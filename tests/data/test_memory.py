@@ -22,12 +22,14 @@ from slicevit.data import (
     StreamSet,
     TrainLoader,
     TransformConfig,
+    batch_augment,
     eval_transform,
     open_dataset,
     train_transform,
 )
 from slicevit.data import memory as memory_module
-from slicevit.data.memory import BatchAugmentation, MemoryLoader
+from slicevit.data.batch_augment import BatchAugmentation
+from slicevit.data.memory import MemoryLoader
 from slicevit.data.transforms import INTERPOLATIONS
 from slicevit.training.config import TrainConfig
 from slicevit.training.trainee import Trainee
@@ -280,7 +282,7 @@ def test_random_crops_are_pillows(monkeypatch, interpolation, mode):
     cfg = config({"L": 1, "RGB": 3}[mode], img_size=(24, 32), crop="rrc", interpolation=interpolation)
     boxes = [(0, 0, 40, 40), (3, 5, 31, 17), (30, 0, 10, 40), (39, 39, 1, 1), (7, 1, 24, 32), (0, 35, 9, 5)]
     found = torch.tensor(boxes).T, torch.ones(len(boxes), dtype=torch.bool)
-    monkeypatch.setattr(memory_module, "_draw_boxes", lambda *arguments: found)
+    monkeypatch.setattr(batch_augment, "_draw_boxes", lambda *arguments: found)
     images = levels(copies(image, len(boxes), cfg))
     for got, (top, left, height, width) in zip(images, boxes, strict=True):
         box = image.crop((left, top, left + width, top + height))
@@ -294,8 +296,8 @@ def test_random_crops_are_drawn_as_timm_does(size):
     """Area share within the scale, and the means of area, ratio and place as timm's within five standard errors."""
     height, width = size
     scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4000
-    boxes, found = memory_module._draw_boxes(count, size, scale, ratio, size, torch.Generator().manual_seed(0))
-    boxes = torch.where(found, boxes, torch.tensor(memory_module._central_box(*size)).view(4, 1))
+    boxes, found = batch_augment._draw_boxes(count, size, scale, ratio, size, torch.Generator().manual_seed(0))
+    boxes = torch.where(found, boxes, torch.tensor(batch_augment._central_box(*size)).view(4, 1))
     random.seed(0)
     image = Image.new("L", (width, height))
     timms = torch.tensor([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(count)]).T
@@ -431,7 +433,7 @@ def test_each_operation_of_rand_augment_is_timms(monkeypatch, name, mode):
         level = level_of(magnitude, {}) if level_of else ()
         if name.startswith("Posterize"):
             level = (max(1, level[0]),)
-        drawn.append(memory_module._record(name, size, [], *level))
+        drawn.append(batch_augment._record(name, size, [], *level))
         expected.append(as_tensor(AugmentOp(name, hparams=hparams).aug_fn(image, *level, **_pillow(hparams))))
     monkeypatch.setattr(augmentation, "_draw_operations", lambda *arguments: drawn)
     stored = as_tensor(image).expand(len(drawn), -1, -1, -1).contiguous()
