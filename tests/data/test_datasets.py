@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slicevit.data import ImageSet, StreamSet, UnreadableImageError, open_dataset
+from slicevit.data import (
+    ImageSet,
+    StreamSet,
+    TrainLoader,
+    TransformConfig,
+    UnreadableImageError,
+    open_dataset,
+    train_transform,
+)
 
 NATURAL_ORDER = ["class1", "class2", "class10"]
 
@@ -153,11 +161,9 @@ def test_hugging_face_data_set(make_folder, tmp_path):
         open_dataset(f"hfds/{folder}?val=nonesuch", "val", root=str(tmp_path / "cache"))
 
 
-@needs("webdataset")
-@pytest.mark.filterwarnings("ignore")
-def test_webdataset(tmp_path):
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
+def write_shards(folder: Path, shards: int) -> None:
+    for shard in range(shards):
+        with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
             for k in range(8):
                 picture = io.BytesIO()
                 Image.new("RGB", (8, 8), (shard * 100 + k, 0, 0)).save(picture, "png")
@@ -165,6 +171,33 @@ def test_webdataset(tmp_path):
                     entry = tarfile.TarInfo(f"{shard}{k}.{suffix}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.extra
+@needs("webdataset")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", ["cut short", "no archive", "missing"])
+def test_a_shard_that_is_corrupt_or_missing_is_named_and_left_out(fault, tmp_path, caplog):
+    write_shards(tmp_path, 3)
+    bad = tmp_path / "train-1.tar"
+    content = bad.read_bytes()
+    bad.unlink()
+    if fault != "missing":
+        bad.write_bytes(content[: len(content) // 2] if fault == "cut short" else b"junk" * 4000)
+    dataset = open_dataset(f"wds/{tmp_path}?train=train-{{0..2}}.tar|24", "train")
+    config = TransformConfig(img_size=(8, 8), in_chans=3, mean=(0, 0, 0), std=(1, 1, 1), crop="center", hflip=0.0)
+    train = TrainLoader(dataset, train_transform(config), 4, seed=0)
+    reds = {round(255 * red) for images, _ in train.epoch(0) for red in images[:, 0, 0, 0].tolist()}
+    assert len(list(train.epoch(0))) == train.steps_per_epoch == 6
+    assert {red for red in reds if red < 100 or red >= 200} <= {*range(8), *range(200, 208)}
+    assert len([red for red in reds if 100 <= red < 200]) < (8 if fault == "cut short" else 1)
+    assert fault == "cut short" or "train-1.tar" in caplog.text
+
+
+@needs("webdataset")
+@pytest.mark.filterwarnings("ignore")
+def test_webdataset(tmp_path):
+    write_shards(tmp_path, 2)
     shards = [f"train-{shard}.tar" for shard in range(2)]
     split = {"name": "train", "num_samples": 16, "filenames": shards, "shard_lengths": [8, 8]}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
