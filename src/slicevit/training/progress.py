@@ -67,4 +67,4 @@ class TrainProgress:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
