@@ -1,0 +1,1 @@
+"""Running a model: the policy that chooses its width."""
