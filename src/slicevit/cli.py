@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         _say(str(stop))
         sys.exit(stop.exit_status)
     except RankLost as lost:
-        if lost.said or (lost.said is None and _speaks()):
-            print(f"slicevit: {lost}", file=sys.stderr, flush=True)
+        if not lost.said:
+            _say(f"slicevit: {lost}")
         sys.exit(lost.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

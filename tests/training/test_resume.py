@@ -635,12 +635,12 @@ def test_a_truncated_checkpoint(
     shutil.copytree(reference, run)
     whole = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(whole[: int(kept * len(whole))])
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--resume", str(run)])
     assert stop.value.code == 2
     assert_one_sentence(capsys.readouterr().err, re.escape(str(run / "checkpoint.pt")), "broken")
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_checkpoint_of_another_model(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

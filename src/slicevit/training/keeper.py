@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,14 @@ class Keeper:
         run.ranks.from_main(lambda: save_checkpoint(self.folder, state))
 
     def rescue(self, error: Exception) -> RankLost:
-        """Save the state without the ranks that are gone, once; the error to raise, which one rank says."""
+        """Save the state without the ranks that are gone, once, and say so; the error to raise.
+
+        It is said here, on standard error, because the launcher's SIGTERM to this process is on its way.
+        """
         run = self.run
         whole = not run.config.shard_optimizer and run.bad_step() is None
         if not claim(self.folder):
-            return RankLost("another process says why", said=False)
+            return RankLost("another process says why", said=True)
         lost = isinstance(error, RankLost) or is_connection(error)
         reason = "a process of the run was lost" if lost else f"process {run.ranks.index}: {error}"
         advice = "start again"
@@ -97,6 +101,7 @@ class Keeper:
                 )
         except ValueError as unsaved:
             advice = str(unsaved)
+        print(f"slicevit: {reason}; {advice}", file=sys.stderr, flush=True)
         return RankLost(f"{reason}; {advice}", 2 if isinstance(error, ValueError) else 1, said=True)
 
     def check_finite(self, step: int | None) -> None:

@@ -48,8 +48,8 @@ class Run(Trainee):
         Raises Interrupted after a signal, with the state saved, NotFinite when a loss is not finite, and RankLost
         when another process is gone or only one met an error, with the state saved by the first that notices.
         """
-        try:
-            with StopRequest() as stop, self._progress() as progress:
+        with StopRequest(self.ranks.count > 1) as stop, self._progress() as progress:
+            try:
                 self.keeper.begin()
                 names = self.config.log_with if self.ranks.is_main else ()
                 self.trackers = Trackers(names, self.folder, asdict(self.config), self.step)
@@ -57,10 +57,10 @@ class Run(Trainee):
                     return self._epochs(stop, progress)
                 finally:
                     self.trackers.finish()
-        except (RuntimeError, ValueError) as error:
-            if self.ranks.count == 1 or is_shared(error):
-                raise
-            raise self.keeper.rescue(error) from None
+            except (RuntimeError, ValueError) as error:
+                if self.ranks.count == 1 or is_shared(error):
+                    raise
+                raise self.keeper.rescue(error) from None
 
     def _epochs(self, stop: StopRequest, progress: TrainProgress) -> list[WidthResult]:
         epoch_steps = self.loader.steps_per_epoch

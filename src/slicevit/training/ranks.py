@@ -23,10 +23,10 @@ class RankLost(RuntimeError):
     """A process of the run is gone, or met an error that the others did not.
 
     Attributes:
-        exit_status: of this process. said: whether this process is the one to say it; None while that is not settled.
+        exit_status: of this process. said: whether it has been said on standard error, by whichever process.
     """
 
-    def __init__(self, reason: str, exit_status: int = 1, said: bool | None = None):
+    def __init__(self, reason: str, exit_status: int = 1, said: bool = False):
         super().__init__(reason)
         self.exit_status, self.said = exit_status, said
 

@@ -70,7 +70,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> list[WidthRes
         rows = _train_separately(config, folder, console)
     else:
         rows = Run(config, folder, console).train()
-    with StopRequest():  # a signal now would leave half of the results
+    with StopRequest(join(config.device).count > 1):  # a signal now would leave half of the results
         join(config.device).from_main(lambda: _write(folder, rows))
     return rows
 

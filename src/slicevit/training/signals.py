@@ -24,13 +24,14 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Within the block the first SIGINT or SIGTERM only sets `signum`; one more than a second later acts at once.
+    """Within the block the first SIGINT or SIGTERM only sets `signum`; a second SIGINT acts at once.
 
-    Sooner it is the same request: schedulers signal every process, and `torchrun` hands on its own.
+    Unless it comes within a second, or the run has several processes: then it is the same request, which the terminal,
+    the scheduler and `torchrun` all hand on.
     """
 
-    def __init__(self) -> None:
-        self.signum, self._when = 0, 0.0
+    def __init__(self, several: bool = False) -> None:
+        self.signum, self._when, self._several = 0, 0.0, several
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -46,5 +47,5 @@ class StopRequest:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
             self.signum, self._when = signum, time.monotonic()
-        elif time.monotonic() - self._when > 1:
+        elif signum == signal.SIGINT and time.monotonic() - self._when > 1 and not self._several:
             raise KeyboardInterrupt
