@@ -280,9 +280,14 @@ def test_a_request_that_cannot_be_in_time_is_not_decoded(stack: ExitStack) -> No
     margin = served.app.state.service._margin
     for _ in range(30):
         margin.delivery_took(time.perf_counter() * 1000, 5_000.0)
-    response = served.classify(b"no image at all", deadline_ms="9000")
-    assert response.status_code == 429
-    assert served.classify(deadline_ms="19000").status_code == 200
+    gate = Gate(served.engine)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.classify, deadline_ms="19000")
+        assert gate.reached.wait(20)
+        response = served.classify(b"no image at all", deadline_ms="9000")
+        assert response.status_code == 429
+        gate.open()
+        assert running.result().status_code == 200
 
 
 def test_an_error_of_the_engine_is_500_and_the_server_goes_on(served: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -114,17 +114,74 @@ def test_the_margin_makes_it_choose_narrower(started: Started, margin: Margin) -
         margin.call_took(milliseconds(), predicted=1.0, compute=600.0, around=0.0)
     time.sleep(0.05)  # an estimate holds for some milliseconds
     assert submit(batcher, 0, within=2_000).result(20).width == HALF
-    assert batcher.too_late(milliseconds() + 500)
-    assert not batcher.too_late(milliseconds() + 5_000)
 
 
-def test_the_way_through_the_event_loop_counts(started: Started, margin: Margin) -> None:
+def test_the_margin_and_the_way_through_the_event_loop_count(
+    engine: FakeEngine, started: Started, margin: Margin
+) -> None:
+    """A call takes 600 times what the table says: 600 ms at least; and an answer is a second on its way."""
+    for _ in range(30):
+        margin.call_took(milliseconds(), predicted=1.0, compute=600.0, around=0.0)
+        margin.delivery_took(milliseconds(), 1_000.0)
+    gate, batcher = Gate(engine), started((QUARTER,))
+    now = milliseconds()
+    submit(batcher, 0)
+    assert gate.reached.wait(20)
+    assert batcher.too_late(now + 3_000)
+    assert not batcher.too_late(now + 4_000)
+    gate.open()
+
+
+def test_an_idle_server_tries_whom_only_the_margin_rules_out(started: Started, margin: Margin) -> None:
+    """Else nothing would be measured while all are refused, and a disturbance would outlast itself by ten seconds."""
     batcher = started()
     for _ in range(30):
-        margin.delivery_took(milliseconds(), 1_000.0)
-    assert batcher.too_late(milliseconds() + 1_900)
-    assert submit(batcher, 0, within=1_900).exception(20) is not None
-    assert submit(batcher, 0, within=4_000).result(20).width == FULL
+        margin.call_took(milliseconds(), predicted=1.0, compute=600.0, around=0.0)
+    assert not batcher.too_late(milliseconds() + 300)
+    assert not batcher.too_late(milliseconds() + 300, HALF)
+    answer = submit(batcher, 3, within=300).result(20)
+    assert (answer.width, answer.batch) == (QUARTER, 1)
+    assert "tried" in answer.reason
+    assert submit(batcher, 3, within=300, width=HALF).result(20).width == HALF
+    assert isinstance(submit(batcher, 3, within=0.5).exception(20), Refusal)
+
+
+def test_an_idle_server_tries_one_and_refuses_the_others(engine: FakeEngine, started: Started, margin: Margin) -> None:
+    gate, batcher = Gate(engine), started()
+    first = submit(batcher, 0)
+    assert gate.reached.wait(20)
+    for _ in range(30):
+        margin.call_took(milliseconds(), predicted=1.0, compute=60_000.0, around=0.0)
+    rest = [submit(batcher, n, within=5_000 + n) for n in range(1, 5)]
+    time.sleep(0.05)  # an estimate holds for some milliseconds
+    gate.open()
+    assert classes([first, rest[-1]]) == [0, 4]
+    assert [isinstance(future.exception(20), Refusal) for future in rest] == [True, True, True, False]
+
+
+def test_admission_opens_again_soon_after_a_disturbance(engine: FakeEngine) -> None:
+    """Half a second in which calls take 30 ms, at a target of 15; a second later everybody is answered again."""
+    slow = True
+
+    def disturb(images_BCHW: Tensor, width: Fraction) -> None:
+        time.sleep((30 if slow else TABLE.row(width).latency(len(images_BCHW))) / 1000)
+
+    engine.before = disturb
+    batcher = Batcher(
+        engine, TABLE, engine.widths, policy_of("deadline-slack"), Margin(TABLE, 0.95), lambda *call: None
+    )
+    batcher.start()
+    begin, refused = milliseconds(), []
+    for n in range(150):
+        due = begin + 20 * n
+        time.sleep(max(0.0, due - milliseconds()) / 1000)
+        slow = n < 25
+        now = milliseconds()
+        late = batcher.too_late(now + 15)
+        future = None if late else batcher.submit(image(0), now, now + 15)
+        refused.append(late or (n >= 25 and isinstance(future.exception(20), Refusal)))
+    batcher.stop()
+    assert sum(refused[75:]) < 0.2 * len(refused[75:])
 
 
 def test_legal_widths_bind_the_policy_and_not_the_request(engine: FakeEngine, started: Started) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from slicevit.runtime.policy import Decision, Request
-from slicevit.runtime.profile import Profile
+from slicevit.runtime.profile import Profile, Row
 from slicevit.serving.choice import Choice, Named, Policy, served
 from slicevit.serving.margin import Margin
 from slicevit.serving.refusal import EngineFailed, Refusal
@@ -71,7 +71,8 @@ class Batcher:
 
     The policy sees the table scaled by `margin`, and the time at which an answer would be delivered. Whoever no width
     can answer in time any more is refused with 429; so the queue drains at the rate at which the server can answer.
-    An error of the engine is the answer to that batch alone.
+    A server that does nothing refuses only whom the table itself rules out: after a disturbance the margin sees so
+    that it is over. An error of the engine is the answer to that batch alone.
 
     Args:
         engine: computes.
@@ -158,10 +159,12 @@ class Batcher:
         one.
         """
         now = self._clock()
-        table = self._margin.table(now)
-        fastest = min((row for row in table.rows if row.width in self._legal), key=lambda row: row.latency(1))
         with self._changed:
             before = [each.request.deadline_ms for each in self._waiting.values()]
+        if not before and self._busy_since is None:
+            return deadline < now + self._quickest(width).latency(1)
+        table = self._margin.table(now)
+        fastest = self._fastest(table)
         before = sorted(each for each in before if each <= deadline)
         start = max(now, self._busy_until) + self._margin.event_loop(now)
         if width is None:
@@ -170,10 +173,17 @@ class Batcher:
 
     def overloaded(self, why: str) -> Refusal:
         """A 429 with the whole seconds, at least 1, in which the fastest legal width works off the queue."""
-        row = min((row for row in self._table.rows if row.width in self._legal), key=lambda row: row.latency(1))
+        row = self._quickest()
         batch = row.best_within(math.inf, row.max_batch)
         seconds = max(1, math.ceil(len(self) * row.latency(batch) / batch / 1000))
         return Refusal(429, f"the server is overloaded, {why}: try again in {seconds} s", seconds)
+
+    def _fastest(self, table: Profile) -> Row:
+        return min((row for row in table.rows if row.width in self._legal), key=lambda row: row.latency(1))
+
+    def _quickest(self, width: Fraction | None = None) -> Row:
+        """The row of this width, or of the fastest legal one, as it was measured: without the margin."""
+        return self._fastest(self._table) if width is None else self._table.row(width)
 
     def _choice_of(self, table: Profile) -> Choice:
         legal = Profile(tuple(row for row in table.rows if row.width in self._legal))
@@ -202,6 +212,8 @@ class Batcher:
         free = [each.request for each in waiting if each.width is None]
         named = [Named(each.request, each.width) for each in waiting if each.width is not None]
         decision = self._choice(free, named, now + self._margin.event_loop(now))
+        if not decision.requests:
+            decision = self._trial(waiting, decision, now)
         shed = self._pop(request.key for request in decision.shed)
         batch = self._pop(request.key for request in decision.requests)
         for each in shed:
@@ -211,6 +223,16 @@ class Batcher:
             self._busy_since, self._busy_until = now, now + table.row(decision.width).latency(len(batch))
             self._compute(batch, decision, now)
             self._busy_since, self._busy_until = None, -math.inf
+
+    def _trial(self, waiting: list[_Waiting], refused: Decision, now: float) -> Decision:
+        """Instead of refusing all: the one with the most time left, if the table has it in time without the margin."""
+        last = max(waiting, key=lambda each: each.request.deadline_ms)
+        row = self._quickest(last.width)
+        if last.request.deadline_ms < now + row.latency(1):
+            return refused
+        others = tuple(request for request in refused.shed if request.key != last.request.key)
+        reason = f"no width is in time if calls take as long as lately; width {row.width} is tried"
+        return Decision(row.width, (last.request,), reason, others)
 
     def _compute(self, batch: list[_Waiting], decision: Decision, decided: float) -> None:
         try:

@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from slicevit.serving.connections import LimitedConnection
 from slicevit.serving.service import Service
 
 DRAIN_SECONDS = 30.0  # after which a server that was told to end does not wait any longer
@@ -47,13 +48,11 @@ def url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, bound: socket.socket, greeting: str) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer whoever was admitted.
-
-    `greeting` is printed once requests are taken. A second Ctrl-C ends the process at once, with status 130.
-    """
-    config = uvicorn.Config(
+def configuration(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the app."""
+    return uvicorn.Config(
         app,
+        http=LimitedConnection,
         lifespan="on",
         log_config=None,
         log_level="warning",
@@ -62,7 +61,14 @@ def serve(app: FastAPI, bound: socket.socket, greeting: str) -> None:
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
-    _Server(config, app.state.service, greeting).run([bound])
+
+
+def serve(app: FastAPI, bound: socket.socket, greeting: str) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer whoever was admitted.
+
+    `greeting` is printed once requests are taken. A second Ctrl-C ends the process at once, with status 130.
+    """
+    _Server(configuration(app), app.state.service, greeting).run([bound])
 
 
 class _Server(uvicorn.Server):
