@@ -220,3 +220,13 @@ def test_whole_heads_and_mlps_alone() -> None:
             expected = {"fc1.weight": value[:hidden], "fc1.bias": value[:hidden]}.get(name.split("mlp.")[-1], value)
             expected = value[:, :hidden] if name.endswith("fc2.weight") else expected
             assert torch.equal(narrow.state_dict()[name], expected), name
+
+
+def test_a_width_that_timms_entry_point_cannot_make_is_still_cut_out_but_has_no_configuration() -> None:
+    model = slicevit.create_model("mixer_s32_224", grid=GRID, img_size=64, num_classes=3)
+    assert model.to_timm("1/2").num_features == 256
+    with pytest.raises(ValueError, match=r"mixer_s32_224.*embed_dim.*onnx"):
+        model.factory_arguments("1/2")
+    assert model.factory_arguments("1") == {}
+    convnext = slicevit.create_model("convnext_atto", grid="1/4:1:1/4", depths=(1, 1, 1, 1), num_classes=3)
+    assert convnext.factory_arguments("1/2") == {"dims": (20, 40, 80, 160)}

@@ -29,6 +29,11 @@ ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published"}
 
 # modules that belong to a room of another name
 ROOM_OF = {
+    "fusing": "families",
+    "architectures": "families",
+    "constructors": "elastic",
+    "exactness": "elastic",
+    "registry": "elastic",
     "skeletons": "elastic",
     "subnet": "elastic",
     "compiling": "elastic",

@@ -37,7 +37,8 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
     """
     legal = model.width(width)
     module: Any = model.skeleton(legal).module
-    embed_dim = getattr(module, "embed_dim", None) or module.num_features
+    embed_dim = getattr(module, "embed_dim", None)
+    embed_dim = embed_dim if isinstance(embed_dim, int) and embed_dim else module.num_features
     params = sum(parameter.numel() for parameter in module.parameters())
     size = input_size or model_input_size(model)
     on_meta = model._build_skeleton(legal).module.to("meta").eval()
@@ -68,6 +69,8 @@ def model_input_size(model: ElasticModel) -> tuple[int, int, int]:
     patch_embed: Any = getattr(model, "patch_embed", None)
     if getattr(patch_embed, "img_size", None):
         height, width = patch_embed.img_size
+    elif getattr(model, "_traits", {}).get("img_size"):  # as timm recorded it (a Mixer has no patch_embed)
+        height, width = model._traits["img_size"]
     for parameter in model.parameters():
         if parameter.ndim == 4:
             channels = parameter.shape[1]

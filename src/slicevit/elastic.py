@@ -20,10 +20,12 @@ import torch
 from timm.models._input import get_model_args
 from torch import Tensor, nn
 
-from slicevit import compiling, skeletons, subnet
+from slicevit import compiling, constructors, skeletons, subnet
 from slicevit.families import AttnScale, Heads, Layout, Scope, family_of
 from slicevit.skeletons import Links, Skeleton
 from slicevit.widths import FULL, Isolation, Width, WidthGrid
+
+UNBUILDABLE = (ValueError, AssertionError, RuntimeError, ArithmeticError)  # of timm's classes at a width
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class ElasticModel(nn.Module):
     """
 
     _full: nn.Module
+    _given: dict[str, Any]  # what the constructor of the full model got, by name
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class ElasticModel(nn.Module):
         self.__dict__.update(_skeletons={}, _subnets={}, _lock=threading.RLock(), _compile_options=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_skeletons", "_subnets", "_lock", "_compile_options")
+        hidden = ("_skeletons", "_subnets", "_lock", "_compile_options", "_given")
         return {key: value for key, value in self.__dict__.items() if key not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,6 +267,7 @@ class ElasticModel(nn.Module):
             copy = cut(source[key].detach()).clone(memory_format=torch.contiguous_format)
             mine[key] = nn.Parameter(copy) if isinstance(source[key], nn.Parameter) else copy
         skeletons.match_modes(module, self._full)
+        skeletons.renew(skeletons.keepers(module))
         return module
 
     def arguments(self, width: Width) -> dict[str, Any]:
@@ -272,13 +276,30 @@ class ElasticModel(nn.Module):
         Raises ValueError where a count of channels or heads is not whole.
         """
         legal = self.width(width)
-        if legal == FULL:
-            return {}
-        return self._family.arguments(self._full, legal, self.settings.heads, self.settings.scope)
+        return {} if legal == FULL else self._narrow_arguments(legal)
+
+    def factory_arguments(self, width: Width) -> dict[str, Any]:
+        """`arguments`, for `timm.create_model`. Raises ValueError when its entry point does not take them."""
+        arguments = self.arguments(width)
+        try:
+            skeletons.build_on_meta(partial(_constructor(self._full), **(self.model_args | arguments)))
+        except TypeError:
+            name = getattr(self._full, "pretrained_cfg", {}).get("architecture") or type(self._full).__name__
+            raise ValueError(
+                f"timm.create_model makes no {name} of another width (it takes no {', '.join(arguments)}), so that a "
+                "configuration of timm cannot describe width "
+                f"{self.width(width)}: use to_timm, or export to another format such as onnx"
+            ) from None
+        return arguments
+
+    def _narrow_arguments(self, width: Fraction) -> dict[str, Any]:
+        if "_given" not in self.__dict__:  # a copy, or unpickled: what holds classes and functions did not travel
+            skeletons.build_on_meta(partial(self._build, {}))
+        given = partial(constructors.value_of, self._given)
+        return self._family.arguments(self._full, given, width, self.settings.heads, self.settings.scope)
 
     def _build_skeleton(self, width: Fraction) -> Skeleton:
-        arguments = self.model_args | self.arguments(width)
-        module = skeletons.build_on_meta(partial(self._build, arguments))
+        module = skeletons.build_on_meta(partial(self._build, self.arguments(width)))
         end = self.grid.end(width, self.settings.isolation)
         scale = "narrow" if width == FULL else self.settings.attn_scale
         plan = skeletons.plan_for(self._family, self._full, module, width, end, self.settings.layout, scale)
@@ -286,7 +307,9 @@ class ElasticModel(nn.Module):
         return Skeleton(module, plan)
 
     def _build(self, arguments: dict[str, Any]) -> nn.Module:
-        module = _constructor(self._full)(**arguments)
+        make = partial(_constructor(self._full), **self.model_args)
+        module, given = constructors.construct(make, type(self._full), arguments)
+        self.__dict__.setdefault("_given", given)
         for method, args, kwargs in self._replayed:
             getattr(module, method)(*args, **kwargs)
         self._set_eps(module)
@@ -351,7 +374,7 @@ class ElasticModel(nn.Module):
             return {name: tuple(tensor.shape) for name, tensor in skeletons.persistent(module).items()}
 
         try:
-            rebuilt = skeletons.build_on_meta(partial(self._build, dict(self.model_args)))
+            rebuilt = skeletons.build_on_meta(partial(self._build, {}))
         except TypeError as error:
             raise ValueError(f"model_args do not build a {type(self._full).__name__}: {error}") from None
         mine, theirs = shapes(self._full), shapes(rebuilt)
@@ -366,7 +389,7 @@ class ElasticModel(nn.Module):
         for width in self.grid:
             try:
                 self.skeleton(width)
-            except (ValueError, AssertionError, RuntimeError) as error:
+            except UNBUILDABLE as error:
                 name = getattr(self._full, "pretrained_cfg", {}).get("architecture") or type(self._full).__name__
                 works = self._nearest_grid()
                 advice = f"the nearest grid that works is {works}" if works else "no grid works for this model"
@@ -382,7 +405,7 @@ class ElasticModel(nn.Module):
                 try:
                     self._build_skeleton(width)
                     known[width] = True
-                except (ValueError, AssertionError, RuntimeError):
+                except UNBUILDABLE:
                     known[width] = False
             return known[width]
 

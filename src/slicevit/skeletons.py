@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slicevit.families import AttnScale, Family, Layout, slicing_rules
-from slicevit.slicing import Cut, Plan, make_plan
+from slicevit.slicing import Cut, Plan, make_plan, same_names
 from slicevit.widths import End
 
 Buffers = dict[str, Tensor | None]
@@ -49,6 +49,7 @@ class Links:
         self.modules = list(zip(module.modules(), full.modules(), strict=True))
         self._children = [(theirs._modules, dict(theirs._modules)) for _, theirs in self.modules if theirs._modules]
         self._slots = [(*slot, slot[0][slot[2]]) for slot in slots(module, full, plan)]
+        self._keepers = keepers(module)
 
     def current(self) -> bool:
         """Whether the full model still has the submodules that it had."""
@@ -72,14 +73,16 @@ class Links:
                 store[key] = cut(full.detach()).contiguous().requires_grad_(full.requires_grad)
             else:
                 store[key] = cut(full)
+        renew(self._keepers)
 
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Add the gradients of the leaves to those of the full parameters."""
         pairs = [
-            cut.gradient(source[key], store[key].grad)
+            pair
             for store, source, key, cut, _ in self._slots
             if store[key].grad is not None
+            for pair in cut.gradients(source[key], store[key].grad)
         ]
         if pairs:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
@@ -91,17 +94,28 @@ class Links:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Parameters are made but not filled, and no random number is drawn. Holds for the current thread alone."""
+    """Parameters are made but not filled, and no random number is drawn. Holds for the current thread alone.
 
+    Parameters say that they are on `meta`, where they will be: `trunc_normal_` of torch lets those alone, but redraws
+    others until all lie within its bounds, which what uninitialised memory holds may never do.
+    """
+
+    IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
     RANDOM = frozenset({"uniform_", "normal_", "erfinv_", "bernoulli_", "exponential_"})
+    CONSTANT = frozenset({"constant_", "ones_", "zeros_", "eye_", "dirac_"})
     FILLING = RANDOM | {"zero_", "fill_", "mul_", "add_", "sub_", "div_", "clamp_", "copy_"}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "__get__" and func == self.IS_META and isinstance(args[0], nn.Parameter):
+            return True
         if name in self.FILLING or getattr(func, "__module__", "") == "torch.nn.init":
             target = args[0] if args else kwargs["tensor"]
-            if name not in self.FILLING - self.RANDOM or isinstance(target, nn.Parameter):
+            if isinstance(target, nn.Parameter):
                 return target
+            if name not in self.FILLING - self.RANDOM and name not in self.CONSTANT:
+                with torch.no_grad():
+                    return target.zero_()
         if name in ("randn", "rand"):
             return torch.zeros(*args, **kwargs)
         return func(*args, **kwargs)
@@ -117,6 +131,14 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
+def materialise(module: nn.Module) -> nn.Module:
+    """Give `module`, built on `meta`, parameters of zero on the CPU; it is returned."""
+    for owner, name, parameter in own_parameters(module):
+        owner._parameters[name] = nn.Parameter(torch.zeros_like(parameter, device="cpu"), parameter.requires_grad)
+    renew(keepers(module))
+    return module
+
+
 def slots(module: nn.Module, full: nn.Module, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, Cut]]:
     """Where each tensor of `plan` lies: (dictionary in `module`, dictionary in `full`, key in both, cut)."""
     for name, cut in plan.items():
@@ -124,6 +146,20 @@ def slots(module: nn.Module, full: nn.Module, plan: Plan) -> Iterator[tuple[dict
         mine, theirs = module.get_submodule(prefix), full.get_submodule(prefix)
         kind = "_parameters" if key in mine._parameters else "_buffers"
         yield getattr(mine, kind), getattr(theirs, kind), key, cut
+
+
+def keepers(module: nn.Module) -> list[nn.Module]:
+    """The modules that keep what they made of their parameters: LeViT's attention biases, an LSTM's list of weights."""
+    return [part for part in module.modules() if hasattr(part, "attention_bias_cache") or isinstance(part, nn.RNNBase)]
+
+
+def renew(kept: Iterable[nn.Module]) -> None:
+    """Let `keepers` follow their parameters, which were exchanged."""
+    for part in kept:
+        if isinstance(part, nn.RNNBase):
+            part._flat_weights = [part._parameters[name] for name in part._flat_weights_names]
+        else:
+            part.attention_bias_cache.clear()  # type: ignore[union-attr, operator]
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -159,6 +195,7 @@ def plan_for(
     big, small = (
         {name: tuple(tensor.shape) for name, tensor in persistent(module).items()} for module in (full, narrow)
     )
+    same_names(big, small)
     rules = slicing_rules(family, full, narrow, small, layout, attn_scale)
     return make_plan(big, small, rules, width, end)
 

@@ -11,7 +11,7 @@ Knows tensors and names; no modules and no timm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -36,7 +36,8 @@ class Cut:
     """How one narrow tensor is taken from its full one.
 
     `expanded` is the full shape with structured axes split into blocks; `takes` are (axis, start, length) in
-    it; `shape` is the narrow shape. The first `gain_rows` rows are multiplied by `gain`.
+    it; `shape` is the narrow shape. The first `gain_rows` rows are multiplied by `gain`. With `copied` the narrow
+    tensor is contiguous.
     """
 
     full_shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class Cut:
     shape: tuple[int, ...]
     gain: float = 1.0
     gain_rows: int = 0
+    copied: bool = False
 
     def window(self, full: Tensor) -> Tensor:
         """The elements of `full` that the narrow tensor takes, as a view with structured axes split into blocks.
@@ -83,22 +85,88 @@ class Cut:
             narrow = narrow.reshape(self.shape)
             if narrow.stride(-1) != 1:  # heads one channel wide: still a view, but one that slows every product
                 narrow = narrow.contiguous()
+        if self.copied:
+            narrow = narrow.contiguous()
         if self.gain != 1.0:
             narrow = torch.cat((narrow[: self.gain_rows] * self.gain, narrow[self.gain_rows :]))
         return narrow
 
+    def windows(self, full: Tensor) -> list[Tensor]:
+        """`window`, of each part."""
+        return [self.window(full)]
+
+    def parts_of(self, narrow: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the narrow tensor, of which each of `windows` holds one."""
+        return (narrow,)
+
+    def gradients(self, full: Tensor, narrow: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`gradient`, of each part."""
+        return [self.gradient(full, narrow)]
+
+
+@dataclass(frozen=True)
+class Joined(Cut):
+    """A narrow tensor joined along `axis` from cuts of unequal parts of the full one, one behind the other.
+
+    `lengths` are the full parts' sizes along the axis. It is always a copy.
+    """
+
+    axis: int = 0
+    lengths: tuple[int, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+    def __call__(self, full: Tensor) -> Tensor:
+        """The narrow tensor; autograd goes through."""
+        parts = full.split(self.lengths, self.axis)
+        return torch.cat([cut(part) for cut, part in zip(self.cuts, parts, strict=True)], self.axis)
+
+    def window(self, full: Tensor) -> Tensor:
+        """Never: raises ValueError, for there are several."""
+        raise ValueError("a tensor joined from unequal parts is no single view")
+
+    def windows(self, full: Tensor) -> list[Tensor]:
+        """What each cut takes of its part, as views."""
+        parts = full.split(self.lengths, self.axis)
+        return [cut.window(part) for cut, part in zip(self.cuts, parts, strict=True)]
+
+    def parts_of(self, narrow: Tensor) -> tuple[Tensor, ...]:
+        """The narrow tensor, split where it was joined."""
+        return narrow.split([cut.shape[self.axis] for cut in self.cuts], self.axis)
+
+    def gradients(self, full: Tensor, narrow: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(where in the gradient of `full` a part belongs, what to add there) of every part."""
+        if full.grad is None:
+            full.grad = torch.zeros_like(full)
+        windows = self.windows(full.grad)
+        parts = self.parts_of(narrow)
+        return [(window, part.reshape(window.shape)) for window, part in zip(windows, parts, strict=True)]
+
 
 @dataclass(frozen=True)
 class Rule:
-    """What is special about one parameter: its structured axes, and the rows that hold queries."""
+    """What is special about one parameter.
+
+    axes: its structured axes. gain, gain_share: of the rows that hold queries. rounded: whether a scaled axis may come
+    out as another number of channels. parts: (axis, sizes of its unequal parts at the full and the narrow size).
+    """
 
     axes: Mapping[int, Blocks] = field(default_factory=dict)
     gain: float = 1.0
     gain_share: Fraction = Fraction(0)
+    rounded: bool = False
+    parts: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
+    copied: bool = False
 
 
 Plan = dict[str, Cut]
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def same_names(full: Shapes, narrow: Shapes) -> None:
+    """Raises ValueError naming the first parameters that one of the two lacks."""
+    if full.keys() != narrow.keys():
+        odd = sorted(full.keys() ^ narrow.keys())
+        raise ValueError(f"the narrow model's parameters differ from the full model's: {', '.join(odd[:4])}")
 
 
 def make_plan(full: Shapes, narrow: Shapes, rules: Mapping[str, Rule], width: Fraction, end: End) -> Plan:
@@ -107,26 +175,26 @@ def make_plan(full: Shapes, narrow: Shapes, rules: Mapping[str, Rule], width: Fr
     Args:
         full, narrow: parameter (and scaling buffer) shapes by name; equal names and ranks.
         rules: what is structured, by name. Every other axis is plain.
-        width: the exact width; an axis must stay as it is or shrink to exactly this fraction.
+        width: the exact width; an axis must stay as it is or shrink to exactly this fraction, if it is not rounded.
         end: whether each block gives its leading or trailing channels.
 
     Raises ValueError naming the parameter when names or ranks differ, an axis shrinks to another fraction,
     or a block does not come out whole.
     """
-    if full.keys() != narrow.keys():
-        odd = sorted(full.keys() ^ narrow.keys())
-        raise ValueError(f"the narrow model's parameters differ from the full model's: {', '.join(odd[:4])}")
+    same_names(full, narrow)
     return {name: _cut(name, tuple(full[name]), tuple(shape), rules.get(name, Rule()), width, end)
             for name, shape in narrow.items()}  # fmt: skip
 
 
 def _cut(name: str, full: tuple[int, ...], narrow: tuple[int, ...], rule: Rule, width: Fraction, end: End) -> Cut:
+    if rule.parts is not None:
+        return _joined(name, full, narrow, rule, width, end)
     if len(full) != len(narrow):
         raise ValueError(f"{name}: the narrow model has {len(narrow)} axes and the full one {len(full)}")
     expanded: list[int] = []
     takes: list[tuple[int, int, int]] = []
     for axis, (size, small) in enumerate(zip(full, narrow, strict=True)):
-        if small != size and small != width * size:
+        if small != size and small != width * size and not rule.rounded:
             raise ValueError(f"{name}: axis {axis} of {size} becomes {small}, which is not {width} of it")
         blocks = rule.axes.get(axis, Blocks())
         big = _factors(name, size, blocks.full)
@@ -137,7 +205,24 @@ def _cut(name: str, full: tuple[int, ...], narrow: tuple[int, ...], rule: Rule, 
                 takes.append((len(expanded), large - little if end == "trailing" else 0, little))
             expanded.append(large)
     gain_rows = int(rule.gain_share * narrow[0]) if rule.gain != 1.0 else 0
-    return Cut(full, tuple(expanded), tuple(takes), narrow, rule.gain, gain_rows)
+    return Cut(full, tuple(expanded), tuple(takes), narrow, rule.gain, gain_rows, rule.copied)
+
+
+def _joined(name: str, full: tuple[int, ...], narrow: tuple[int, ...], rule: Rule, width: Fraction, end: End) -> Joined:
+    assert rule.parts is not None
+    axis, lengths, small_lengths = rule.parts
+    if sum(lengths) != full[axis] or sum(small_lengths) != narrow[axis]:
+        raise ValueError(f"{name}: its axis {axis} is not made of parts of {', '.join(map(str, lengths))}")
+    part_rule = replace(rule, parts=None)
+
+    def resized(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+        return (*shape[:axis], size, *shape[axis + 1 :])
+
+    cuts = tuple(
+        _cut(name, resized(full, big), resized(narrow, small), part_rule, width, end)
+        for big, small in zip(lengths, small_lengths, strict=True)
+    )
+    return Joined(full, full, (), narrow, axis=axis, lengths=lengths, cuts=cuts)
 
 
 def _factors(name: str, size: int, blocks: tuple[int, ...]) -> tuple[int, ...]:

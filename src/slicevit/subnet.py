@@ -82,6 +82,7 @@ class Binding:
     def __init__(self, model: ElasticModel, width: Fraction, module: nn.Module, slots: list[_Slot]):
         self.model, self.width, self.module, self.slots = model, width, module, slots
         self._buffers = list(skeletons.paired_buffers(module, model._full))
+        self._keepers = skeletons.keepers(module)
         self._children = [owner._modules for owner in model._full.modules() if owner._modules]
         self._kept = [dict(children) for children in self._children]
         self._seen: _Seen | None = None
@@ -111,6 +112,7 @@ class Binding:
     def _fill(self) -> None:
         for slot in self.slots:
             slot.fill()
+        skeletons.renew(self._keepers)
         self._seen = _Seen(self.slots)
         skeletons.match_buffers(self._buffers)
 

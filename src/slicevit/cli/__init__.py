@@ -19,6 +19,7 @@ COMMANDS = {
     "profile": "latency and memory of every width on this machine",
     "serve": "answer images over HTTP, at the width that keeps a latency target",
     "predict": "the classes of a folder of images, or of a data set, into a table",
+    "families": "which of timm's architectures are sliceable, on what grids, or why not",
     "import": "convert a published Scala checkpoint",
 }
 _MODULES = {"eval": "evaluate", "import": "import_"}  # where it is not the command's name

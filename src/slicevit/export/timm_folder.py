@@ -61,7 +61,9 @@ def write(
     Raises ValueError for a `norm_eps` that timm's configuration has no place for.
     """
     alone = model.to_timm(width)
-    arguments = {k: v for k, v in (model.model_args | model.arguments(width)).items() if not k.endswith("_rate")}
+    arguments = {
+        k: v for k, v in (model.model_args | model.factory_arguments(width)).items() if not k.endswith("_rate")
+    }
     read_off = ("num_classes", "img_size", "in_chans", "global_pool")
     extra = {"label_names": config["label_names"]} if "label_names" in config else {}
     state = {key: tensor.detach().clone().contiguous() for key, tensor in alone.state_dict().items()}

@@ -127,7 +127,7 @@ def _write_metrics(folder: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def _alone(config: TrainConfig, model: ElasticModel, width: Fraction) -> TrainConfig:
-    return replace(config, model_args=config.model_args | model.arguments(width), grid="1:1:1")
+    return replace(config, model_args=config.model_args | model.factory_arguments(width), grid="1:1:1")
 
 
 def _describe(config: TrainConfig, folder: Path) -> None:
