@@ -110,6 +110,11 @@ def _quiet_hub() -> Iterator[None]:
         hub_logging.set_verbosity(before)
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether it can be the name of a Hub repository, such as "owner/name"."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+
 def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
     """(config.json, path of the weights) of a folder, or of a Hub repository such as "owner/name".
 
@@ -121,7 +126,7 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             raise ValueError(f"{folder} holds no {' and no '.join(missing)}: it is not a saved slicevit model")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
+    elif not is_hub_name(str(folder_or_id)):
         raise ValueError(f"{folder_or_id} is neither a folder nor a Hub repository such as owner/name")
     else:
         try:

@@ -210,6 +210,7 @@ def test_images_and_widths_that_do_not_fit(run: Path) -> None:
             "--precision bfloat16: engine onnxruntime computes in float32 alone",
         ),
         ({"threads": -1}, "--threads -1: give the number of threads"),
+        ({"engine": "onnxruntime", "memory_limit": -1}, "--memory-limit -1: give bytes above 0"),
         ({"memory_limit": 10**9}, "--memory-limit: engine torch holds all widths in one set of weights"),
     ],
 )

@@ -172,6 +172,19 @@ def test_the_command_prints_the_table(
     assert set(read_profile(run).rows[0].latency_ms) == {1, 4}
 
 
+@pytest.mark.parametrize(("times", "said"), [([1.0, 1.0, 1.0, 9.0], True), ([1.0, 1.0, 1.0, 1.5], False)])
+def test_a_machine_that_others_use_is_said(
+    times: list[float],
+    said: bool,
+    run: Path,
+    clock: Callable[[dict[str, list[float]]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock(dict.fromkeys(("1/4", "1/2", "3/4", "1"), times))
+    cli.main(["profile", str(run), "--batch", "1", "--seconds", "0.01", "--device", "cpu", "--threads", "1"])
+    assert ("the 99th percentile is 8.8 times the median" in capsys.readouterr().out) == said
+
+
 def test_the_command_offers_every_engine() -> None:
     assert get_args(get_type_hints(ProfileArgs)["engine"]) == ENGINES
 

@@ -15,6 +15,7 @@ for package in ("ray.serve", "fastapi", "prometheus_client", "python_multipart",
 
 from serving_fakes import TABLE, FakeEngine  # noqa: E402
 
+from slicevit.serving.ray import app  # noqa: E402
 from slicevit.serving.ray import fleet as fleets  # noqa: E402
 from slicevit.serving.ray.fleet import MOST_LOST, Fleet, ReplicaLost  # noqa: E402
 from slicevit.serving.ray.merge import merged  # noqa: E402
@@ -283,3 +284,21 @@ def test_arguments_that_cannot_be(given: dict[str, Any], said: str) -> None:
         read_arguments({"run": "r", **given}).settings()
     assert str(refused.value).startswith(said)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("/missing", "/missing is neither a folder nor a Hub repository such as owner/name"),
+        ("a/b/c", "a/b/c is neither a folder nor a Hub repository such as owner/name"),
+        ("empty", "empty holds no config.json and no model.safetensors: it is not a saved slicevit model"),
+    ],
+)
+def test_a_run_that_is_not_there_is_refused_before_anything_is_deployed(
+    given: str, said: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        app({"run": given, "slo-ms": 100})
+    assert str(refused.value).endswith(said)

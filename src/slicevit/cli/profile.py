@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from slicevit.cli.options import parse
+
+_QUIET = 2.0  # an idle machine stays below it
 
 
 @dataclass
@@ -50,6 +53,15 @@ def run(arguments: list[str]) -> None:
     console.print(profile_table(profile, str(args.run)))
     written = profile_path(args.run, args.engine, profile["device"], args.precision)
     console.print(f"written to {written}", highlight=False, soft_wrap=True)
+    if (spread := unrest(profile)) > _QUIET:
+        said = f"the 99th percentile is {spread:.1f} times the median: other programs use this machine; measure again"
+        console.print(f"{said} when they do not", highlight=False, soft_wrap=True)
+
+
+def unrest(profile: dict[str, Any]) -> float:
+    """The 99th percentile over the median, of the usual width and batch size."""
+    rows = profile["rows"]
+    return median(row["p99_ms"][size] / took for row in rows for size, took in row["latency_ms"].items())
 
 
 def _numbers(argument: str) -> list[str]:

@@ -214,6 +214,8 @@ def _settings(engine: str, device: str, precision: Precision, threads: int, memo
         raise ValueError(f"--precision {precision}: engine {engine} computes in {' and '.join(kind.precisions)} alone")
     if threads < 0:
         raise ValueError(f"--threads {threads}: give the number of threads, or 0 for the library's own choice")
+    if memory_limit is not None and memory_limit <= 0:
+        raise ValueError(f"--memory-limit {memory_limit}: give bytes above 0")
     if memory_limit is not None and kind.shared:
         raise ValueError(
             f"--memory-limit: engine {engine} holds all widths in one set of weights, so that dropping one gives "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +18,7 @@ from rich.console import Console
 
 import slicevit
 from slicevit.checkpoint import save_pretrained
-from slicevit.cli.predict import _Bar
+from slicevit.cli.predict import _Bar, _loading
 from slicevit.runtime.engine import Engine
 from slicevit.runtime.predict import output
 from slicevit.runtime.predict.output import columns, format_of
@@ -160,6 +163,15 @@ def test_a_budget_that_is_too_small_is_said_and_everything_is_answered(slice_pre
     assert lines[0].startswith("as it goes now, the budget of 1e-06 s cannot be kept: width 1/4 takes ")
     assert "images per width: 1/4: 21" in lines
     assert any(line.startswith("budget NOT kept: ") for line in lines)
+
+
+def test_a_budget_counts_from_the_start_of_the_command(slice_predict: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that is the command; in one that calls it, such as this, from the call."""
+    began = psutil.Process().create_time()
+    command = ["predict", str(slice_predict.run), "FOLDER", "--budget", "9"]
+    assert _loading(command[1:]) == 0.0
+    monkeypatch.setattr(sys, "argv", ["slicevit", *command])
+    assert _loading(command[1:]) == pytest.approx(time.time() - began, abs=1.0)
 
 
 def test_a_budget_needs_accuracies(slice_predict: Command, tmp_path: Path) -> None:

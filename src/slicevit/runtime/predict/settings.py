@@ -20,7 +20,7 @@ class Job:
     width: str | None = None
     """One width for all images, such as 1/2; the full width by default."""
     budget: float | None = None
-    """Seconds that the whole job may take; widths are chosen to keep them."""
+    """Seconds that the whole job may take, from the start of the command; widths are chosen to keep them."""
     cascade: tuple[str, ...] = ()
     """Widths, narrowest first: each image goes to the next one only where it is unsure. Needs --max-macs."""
     max_macs: float | None = None

@@ -60,14 +60,18 @@ class AtOneWidth:
 class Watch:
     """Counts the seconds of work of a job over all its processes, in this one from now on.
 
+    Args:
+        clock: seconds.
+        spent: seconds that this process has worked for it already.
+
     Attributes:
         now: the clock.
         before: seconds of the processes before this one.
     """
 
-    def __init__(self, clock: Clock = time.monotonic):
+    def __init__(self, clock: Clock = time.monotonic, spent: float = 0.0):
         self.now, self.before = clock, 0.0
-        self._began = clock()
+        self._began = clock() - spent
 
     def seconds(self) -> float:
         """All of them."""

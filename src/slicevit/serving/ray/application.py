@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,6 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from slicevit.checkpoint import is_hub_name, read_config
 from slicevit.serving.app import app_of
 from slicevit.serving.arguments import check_installed
 from slicevit.serving.ray.fleet import Fleet, ReplicaLost
@@ -69,12 +71,14 @@ def app(args: dict[str, Any]) -> serve.Application:
         The deployments Ingress and Replica.
 
     Raises:
-        ValueError: one sentence that names the flag. What only a replica can see, such as a run that is not there,
-            fails the deployment with such a sentence.
+        ValueError: one sentence that names the flag, or says that there is no such run here. What only a replica can
+            see fails the deployment with such a sentence.
     """
     check_installed()
     arguments = read_arguments(args)
     arguments.settings()  # refuses here what would else fail on the replicas
+    if Path(arguments.run).is_dir() or not is_hub_name(arguments.run):
+        read_config(arguments.run)
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": DRAIN_SECONDS,
         "max_constructor_retry_count": _STARTS,
