@@ -1,5 +1,6 @@
-"""Writing a file so that a reader finds the old one or the new one, never half of one."""
+"""Files: written so that a reader finds the old one or the new one, never half of one; and what tells two apart."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path} cannot be written ({error.strerror or error}): what it held is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def files_digest(*paths: Path) -> str:
+    """SHA-256 of what the files hold, one after another. Raises OSError when one cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ Legend of axis names: N images.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from timm.utils.misc import natural_key
 from torchvision.datasets.folder import make_dataset
 
 from .image_set import ImageSet
+from .walk import image_paths, is_image
 
 HELD_OUT = 20  # where images without classes have no val/, one in so many is kept for validation
 _FOLDER_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
@@ -78,10 +79,10 @@ def open_unlabelled(spec: str, split: str, in_chans: int, folder: Path) -> Folde
     val_folder = _find_split(folder, "val") if train_folder else None
     if val_folder is not None:
         wanted = val_folder if split == "val" else train_folder
-        paths = list(_image_paths(wanted or folder))
+        paths = _below(wanted or folder)
     else:
         wanted = train_folder or folder
-        paths = list(_image_paths(wanted))
+        paths = _below(wanted)
         held = set(paths[HELD_OUT // 2 :: HELD_OUT] or paths[-1:])
         paths = [path for path in paths if (path in held) == (split == "val")]
     if not paths:
@@ -90,6 +91,10 @@ def open_unlabelled(spec: str, split: str, in_chans: int, folder: Path) -> Folde
             f"{', '.join(get_img_extensions())} there, at least two."
         )
     return FolderSet(spec, split, in_chans, [(path, 0) for path in paths])
+
+
+def _below(folder: Path) -> list[str]:
+    return [os.path.join(folder, path) for path in image_paths(folder, get_img_extensions())]
 
 
 def _labelled(spec: str, split: str, in_chans: int, folder: Path, classes: list[str]) -> FolderSet:
@@ -101,19 +106,6 @@ def _labelled(spec: str, split: str, in_chans: int, folder: Path, classes: list[
             f"put files ending in {', '.join(get_img_extensions())} there."
         )
     return FolderSet(spec, split, in_chans, files, classes)
-
-
-def _image_paths(folder: Path) -> Iterator[str]:
-    """The image files below `folder`, links followed, in natural order of their paths."""
-    found = []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(here, name) for name in files if _is_image(name)]
-    return iter(sorted(found, key=lambda path: (natural_key(path), path)))
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(get_img_extensions())
 
 
 def _find_split(folder: Path, split: str) -> Path | None:
@@ -142,7 +134,7 @@ def _class_folders(spec: str, folder: Path) -> list[str]:
 
 def _advice(folder: Path) -> str:
     """What to do with images that have no classes, where `folder` holds such."""
-    if any(_is_image(entry.name) for entry in folder.iterdir()):
+    if any(is_image(entry.name, get_img_extensions()) for entry in folder.iterdir()):
         return " Images without classes are for --teacher NAME --teacher-objective features."
     return ""
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.table import Table
 from rich.text import Text
@@ -189,7 +189,14 @@ def by_width(rows: Iterable[WidthResult]) -> list[WidthResult]:
     return sorted(rows, key=lambda row: Fraction(row.width))
 
 
-def macs_unit(rows: Iterable[WidthResult]) -> tuple[str, float]:
+class Costed(Protocol):
+    """What has been counted of a width."""
+
+    @property
+    def gmacs(self) -> float: ...
+
+
+def macs_unit(rows: Iterable[Costed]) -> tuple[str, float]:
     """The unit that reads well for these rows, and how many of it are in one GMAC."""
     return ("GMACs", 1.0) if max((row.gmacs for row in rows), default=1.0) >= 1 else ("MMACs", 1000.0)
 

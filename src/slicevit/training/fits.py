@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +15,7 @@ from rich.text import Text
 from slicevit.costs import width_costs
 from slicevit.data import TransformConfig
 from slicevit.elastic import ElasticModel
-from slicevit.evaluation.results import WidthResult, short
+from slicevit.evaluation.results import WidthResult, macs_unit, short, to_csv
 from slicevit.files import write_text
 from slicevit.training.distiller import Fit
 
@@ -93,11 +91,7 @@ def fit_rows(
 def write_fits(folder: Path, rows: Sequence[FitResult]) -> None:
     """Write distillation.csv and distillation.json, each in one step."""
     table = [asdict(row) for row in rows]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in fields(FitResult)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    write_text(folder / "distillation.csv", text.getvalue())
+    write_text(folder / "distillation.csv", to_csv([field.name for field in fields(FitResult)], table))
     write_text(folder / FITS, json.dumps(table, indent=2, allow_nan=False) + "\n")
 
 
@@ -112,7 +106,7 @@ def read_fits(folder: Path) -> list[FitResult]:
 
 def fits_table(rows: Sequence[FitResult], title: str) -> Table:
     """The rows for a terminal, 80 columns wide."""
-    unit, scale = ("GMACs", 1.0) if max(row.gmacs for row in rows) >= 1 else ("MMACs", 1000.0)
+    unit, scale = macs_unit(rows)
     table = Table(title=Text(title), title_justify="left")
     table.add_column("Width", no_wrap=True)
     for heading in ("Channels", "Params\nM", unit, "Loss", "Cosine", "Latency\nms"):

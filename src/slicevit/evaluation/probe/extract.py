@@ -9,7 +9,6 @@ import hashlib
 import os
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,15 +63,6 @@ def fingerprint(dataset: ImageSet) -> dict[str, Any]:
         digest.update(repr(described).encode())
     classes = dataset.classes or dataset.num_classes
     return {"images": len(dataset), "classes": classes, "digest": digest.hexdigest()}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -10,12 +10,13 @@ from typing import Any
 from slicevit.checkpoint import from_pretrained, read_config
 from slicevit.data import ImageSet, eval_config, eval_transform, open_dataset
 from slicevit.evaluation.probe.cache import FeatureCache, Features
-from slicevit.evaluation.probe.extract import extract, file_digest, fingerprint
+from slicevit.evaluation.probe.extract import extract, fingerprint
 from slicevit.evaluation.probe.knn import score_knn
 from slicevit.evaluation.probe.linear import linear_rows
 from slicevit.evaluation.probe.probed import Driver, Probed
 from slicevit.evaluation.probe.results import ProbeResult, scored, write_probe
 from slicevit.evaluation.probe.settings import ProbeSettings
+from slicevit.files import files_digest
 
 
 def run_probe(settings: ProbeSettings, driver: Driver) -> tuple[list[ProbeResult], Path]:
@@ -105,7 +106,7 @@ def _key(probed: Probed) -> dict[str, Any]:
     sliced = {name: value for name, value in probed.config["slicevit"].items() if name not in ("version", "training")}
     described = {name: probed.config.get(name) for name in ("architecture", "model_args")}
     return {
-        "weights": file_digest(probed.weights),
+        "weights": files_digest(probed.weights),
         "model": described | sliced,
         "data": {split: fingerprint(dataset) for split, dataset in probed.data.items()},
         "transform": asdict(probed.transform),

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from slicevit.data import BUNDLED, ImageSet, StreamSet, Transform, UnreadableImageError, ignore_signals, open_dataset
+from slicevit.data.image_set import IMAGE_MODES
+from slicevit.data.walk import image_paths
 
 ENDINGS = tuple(sorted({*IMG_EXTENSIONS, *get_img_extensions()}))
-_MODES = {1: "L", 3: "RGB"}
 
 
 class ImageFolder(ImageSet):
@@ -36,13 +36,13 @@ class ImageFolder(ImageSet):
     """
 
     def __init__(self, folder: str, in_chans: int):
-        if in_chans not in _MODES:
+        if in_chans not in IMAGE_MODES:
             raise ValueError(
                 f"{folder}: images are read with 1 (gray) or 3 (RGB) channels, and the model has {in_chans}"
             )
         super().__init__(folder, "", in_chans, None, 0)
         self._folder = os.path.expanduser(folder)
-        paths = sorted(_image_paths(self._folder), key=_natural)
+        paths = image_paths(self._folder, ENDINGS)
         if not paths:
             raise ValueError(f"{folder} holds no images: put files ending in {', '.join(ENDINGS)} there")
         self._paths_N = np.array([os.fsencode(path) for path in paths])  # as an array workers copy nothing of it
@@ -64,31 +64,6 @@ class ImageFolder(ImageSet):
     def digest(self) -> str:
         """Of all paths, in order."""
         return hashlib.sha256(b"\0".join(self._paths_N.tolist())).hexdigest()
-
-
-def _image_paths(folder: str) -> Iterator[str]:
-    """Relative paths; links to folders are followed, and none is visited twice."""
-    visited = set()
-    for here, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        place = os.stat(here)
-        if (place.st_dev, place.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((place.st_dev, place.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(ENDINGS):
-                yield os.path.relpath(os.path.join(here, name), folder)
-
-
-def _unreadable(error: OSError) -> None:
-    raise ValueError(
-        f"{error.filename} cannot be listed ({error.strerror}): make it readable, or move it away"
-    ) from None
-
-
-def _natural(path: str) -> list[Any]:
-    return [(natural_key(part), part) for part in Path(path).parts]
 
 
 def printable(text: str) -> str:

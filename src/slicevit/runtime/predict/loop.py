@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
 from slicevit.checkpoint import read_config
+from slicevit.files import files_digest
 from slicevit.runtime.predict.parts import Parts, Tally
 from slicevit.runtime.predict.table import Done
 from slicevit.runtime.predict.widths import Watch
@@ -23,11 +23,7 @@ def model_digest(run: str | Path) -> str:
     Raises ValueError when the run cannot be read.
     """
     _, weights = read_config(run)
-    digest = hashlib.sha256(weights.with_name("config.json").read_bytes())
-    with weights.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return files_digest(weights.with_name("config.json"), weights)
 
 
 def predict(
