@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from checkpoints import leaves, read_checkpoint
 from driving import driving
 from foundation import STUDENT_ARGS, foundation_config, save_teacher, write_unlabelled
 from rich.console import Console
@@ -48,19 +49,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slicevit.training.loop.LATENCY_SECONDS", 0.0)
-
-
-def read_checkpoint(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Everything in a checkpoint by its place, tensors as lists."""
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in leaves(value, f"{path}/{key!r}").items()}
-    if isinstance(tree, (list, tuple)):
-        return {k: v for i, value in enumerate(tree) for k, v in leaves(value, f"{path}/{i}").items()}
-    return {path: tree.tolist() if isinstance(tree, torch.Tensor) else tree}
 
 
 def without_latency(run: Path) -> list[FitResult]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import leaves, read_checkpoint
 from driving import driving
 from PIL import Image
 from safetensors.torch import load_file
@@ -215,21 +216,6 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, text = process.communicate(timeout=200)
     assert process.returncode == 0, text
     return out
-
-
-def read_checkpoint(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Everything in a checkpoint by its place, tensors as (dtype, shape, bytes)."""
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in leaves(value, f"{path}/{key!r}").items()}
-    if isinstance(tree, (list, tuple)):
-        return {k: v for i, value in enumerate(tree) for k, v in leaves(value, f"{path}/{i}").items()}
-    if isinstance(tree, torch.Tensor):
-        return {path: (tree.dtype, tuple(tree.shape), tree.contiguous().numpy().tobytes())}
-    return {path: tree}
 
 
 def results_without_latency(run: Path) -> list[dict[str, str]]:
