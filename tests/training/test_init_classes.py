@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import slicevit
+from slicevit.cli.train import _parse_train
+from slicevit.training.methods import METHODS
 
 TINY = ["--model", "vit_tiny_patch16_224", "--model-args", "img_size=28", "patch_size=14", "in_chans=1", "embed_dim=16",
         "depth=1", "num_heads=2"]  # fmt: skip
@@ -33,3 +35,23 @@ def test_another_number_of_classes(tmp_path: Path, train_quickly: Callable[[list
         logits = model(images, width=width)
         assert logits.shape == (2, 4)
         torch.testing.assert_close(model.to_timm(width).eval()(images), logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_slicing_is_that_of_the_run_unless_it_is_given(tmp_path: Path) -> None:
+    own = {"layout": "per_projection", "attn_scale": "full", "isolation": "mirror", "norm_eps": 1e-5}
+    small = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    slicevit.create_model("vit_tiny_patch16_224", "1/2:1:1/4", **own, **small).save_pretrained(tmp_path)
+    init = ["--data", "DATA", "--init", str(tmp_path)]
+    config = _parse_train(init, None)
+    assert (config.model, config.model_args, config.grid) == ("vit_tiny_patch16_224", {}, "1/2:1:1/4")
+    assert {name: getattr(config, name) for name in own} == own
+    config = _parse_train([*init, "--grid", "1/2:1:1/8", "--layout", "flat", "--method", "usnet"], None)
+    assert (config.grid, config.layout, config.attn_scale) == ("1/2:1:1/8", "flat", "full")
+    assert config.slice_settings()["isolation"] == METHODS["usnet"].isolation != own["isolation"]
+
+
+def test_the_grid_of_a_model_of_one_width_is_not_taken(tmp_path: Path) -> None:
+    small = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    slicevit.create_model("vit_tiny_patch16_224", "1:1:1", **small).save_pretrained(tmp_path)
+    plain = _parse_train(["--data", "DATA"], None)
+    assert _parse_train(["--data", "DATA", "--init", str(tmp_path)], None).grid == plain.grid != "1:1:1"

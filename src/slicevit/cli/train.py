@@ -14,6 +14,7 @@ from rich.console import Console
 
 from slicevit.cli.options import gives, parse, speaks, take_option
 from slicevit.training.config import TrainConfig
+from slicevit.training.initial import with_slicing_of
 from slicevit.training.presets import PRESETS, preset
 
 
@@ -45,6 +46,9 @@ def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     default = preset(name)
     own = {} if gives(arguments, "--model") else default.model_args  # a preset's arguments are its model's
     default = replace(default, model_args=own | (model_args or {}))
+    init, _ = take_option(arguments, "--init")
+    if init not in (None, "scratch", "pretrained"):
+        default = with_slicing_of(default, init, own_method=gives(arguments, "--method"))
     description = (
         "Train one network whose width can be cut at run time. Further flags: --preset "
         f"{{{','.join(PRESETS)}}}, --out FOLDER, --resume RUN, --model-args key=value ..."

@@ -31,7 +31,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model, as key=value pairs: embed_dim=96 depth=6."""
     init: str = "scratch"
-    """scratch, pretrained (timm's weights), or a folder that slicevit saved."""
+    """scratch, pretrained (timm's weights), or a folder that slicevit saved; its grid and slicing are the defaults."""
     grid: str = "1/4:1:1/16"
     """Legal widths, smallest:largest:step."""
     grid_change: str | None = None
