@@ -139,6 +139,17 @@ def test_what_is_passed_beside_the_model_is_written(tmp_path: Path) -> None:
     assert tuple(timm.data.resolve_model_data_config(plain)["mean"]) == (0.1, 0.2, 0.3)
 
 
+def test_the_names_of_the_classes_stay_with_the_model_until_its_head_is_another(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(elastic().num_classes)]
+    save_pretrained(elastic(), tmp_path, label_names=names)
+    model = slicevit.from_pretrained(tmp_path)
+    assert model.label_names == names
+    save_pretrained(model, tmp_path / "again")
+    assert slicevit.from_pretrained(tmp_path / "again").label_names == names
+    model.reset_classifier(len(names))
+    assert model.label_names is None
+
+
 def test_the_model_card_says_how_to_load_it_and_what_each_width_costs(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("\n---\n")

@@ -43,7 +43,7 @@ def save_pretrained(
 
     Args:
         data_config: timm's preprocessing (mean, std, interpolation, crop_pct) when it is not the model's default.
-        label_names: class names, in the order of the logits.
+        label_names: class names, in the order of the logits; by default those that the model was loaded with.
         extra: further JSON entries below "slicevit" in config.json.
         name: the Hub repository that the model card names.
 
@@ -56,8 +56,8 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     described = {"version": __version__, "grid": str(model.grid), **asdict(model.settings), **(extra or {})}
     config: dict[str, Any] = {"slicevit": described}
-    if label_names:
-        config["label_names"] = list(label_names)
+    if names := label_names or model.label_names:
+        config["label_names"] = list(names)
     try:
         _stage(model, folder, config, data_config, name)
     except OSError as error:
@@ -169,6 +169,7 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
     except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{weights} does not hold this model's weights ({reason})") from None
+    model.label_names = config.get("label_names")
     return model.eval()
 
 

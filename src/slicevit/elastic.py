@@ -73,6 +73,9 @@ class ElasticModel(nn.Module):
             `timm.create_model`, or of the class for a model that was built from its class.
         settings: the fields of `SliceSettings`.
 
+    Attributes:
+        label_names: the classes in the order of the logits, as a saved model has them; None where they are not known.
+
     Raises ValueError when the model cannot be sliced on this grid, with the reason and the nearest grid that works.
     """
 
@@ -93,6 +96,7 @@ class ElasticModel(nn.Module):
         self.grid = WidthGrid.parse(grid)
         self.settings = SliceSettings(**settings)
         self.model_args = _recorded_args(model) | (model_args or {})
+        self.label_names: list[str] | None = None
         self._family = family_of(model)
         self._replayed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self._checkpointing = False
@@ -346,6 +350,7 @@ class ElasticModel(nn.Module):
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """A new head for `num_classes`, at every width. Subnets made before refuse to answer."""
         self._replay("reset_classifier", num_classes, *args, **kwargs)
+        self.label_names = None
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """timm's change of image or patch size, at every width. Subnets made before refuse to answer."""

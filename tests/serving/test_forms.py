@@ -77,7 +77,7 @@ def test_wrapped_base64_is_base64() -> None:
         ({"image": "a"}, "no base64"),
         ({"image": "a*=="}, "no base64"),
         ({"image": "ä"}, "no base64"),
-        ({"image": "data:image/png;base64,AAAA"}, "no base64"),
+        ({"image": "data:image/png;base64,AAAA"}, "no base64; of a data: URL give what follows the comma"),
         ({"image": "AAAA", "width": "1/2 or so"}, "the widths are 1/2, 1"),
         ({"image": "AAAA", "width": 0.5}, "the widths are 1/2, 1"),
         ({"image": "AAAA", "width": "1e999999999"}, "the widths are 1/2, 1"),

@@ -72,7 +72,8 @@ def _from_json(body: bytes, hints: Mapping[str, str]) -> Asked:
     try:
         image = base64.b64decode("".join(found.image.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise Refusal(422, "image: it is no base64") from None
+        hint = "; of a data: URL give what follows the comma" if found.image.startswith("data:") else ""
+        raise Refusal(422, f"image: it is no base64{hint}") from None
     return Asked(image, found)
 
 

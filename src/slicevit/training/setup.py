@@ -48,6 +48,7 @@ def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
     else:
         rates = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         model = from_pretrained(config.init, grid=config.grid, **config.slice_settings(), **rates)
+        model.label_names = None  # these are the data's to give
         if model.num_classes != num_classes:
             model.reset_classifier(num_classes)
     if hasattr(model._full, "set_distilled_training"):
