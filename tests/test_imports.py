@@ -36,6 +36,7 @@ ROOM_OF = {
     "registry": "elastic",
     "skeletons": "elastic",
     "subnet": "elastic",
+    "merging": "elastic",
     "compiling": "elastic",
     "model_card": "checkpoint",
     "published": "checkpoint",

@@ -7,6 +7,7 @@ check_installed()
 from slicevit.checkpoint import from_pretrained
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.families import Family, Fused, register_family
+from slicevit.merging import MergedTokens
 from slicevit.published import load_scala_checkpoint
 from slicevit.widths import WidthGrid
 
@@ -14,6 +15,7 @@ __all__ = [
     "ElasticModel",
     "Family",
     "Fused",
+    "MergedTokens",
     "SliceSettings",
     "WidthGrid",
     "__version__",

@@ -166,10 +166,18 @@ def _refresh(subnet: Any) -> None:
     subnet._binding.refresh()
 
 
+def refresh(module: nn.Module) -> None:
+    """Before parts of a subnet are called by themselves: take over weights that changed; of other modules, nothing.
+
+    Raises RuntimeError when the subnet was released.
+    """
+    if isinstance(module, _Bound) and not torch.compiler.is_exporting():
+        _refresh(module)
+
+
 def _refreshing(method: str) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_exporting():
-            _refresh(self)
+        refresh(self)
         return getattr(super(type(self), self), method)(*args, **kwargs)
 
     call.__name__ = method
