@@ -95,7 +95,7 @@ def _averaging(model: ElasticModel, widths: list[Fraction]) -> Iterator[None]:
             momenta += [(norm, norm.momentum) for norm in norms]
             for norm in norms:
                 norm.momentum = None  # an average with equal weights
-            nothing = _nothing(module)
+            nothing = _nothing(module, model._full)
             if width == FULL:
                 _write(module, nothing)
             else:
@@ -109,12 +109,13 @@ def _averaging(model: ElasticModel, widths: list[Fraction]) -> Iterator[None]:
             module.training = training
 
 
-def _nothing(module: nn.Module) -> Statistics:
+def _nothing(module: nn.Module, full: nn.Module) -> Statistics:
+    """Statistics of no image, shaped as those of `module`, of the type and on the device of those of `full`."""
     statistics = statistics_of(module)
-    for buffers in statistics.values():
+    for name, buffers in statistics.items():
         for key, buffer in buffers.items():
             assert buffer is not None
-            buffer.fill_(1 if key == "running_var" else 0)
+            buffers[key] = full.get_submodule(name).get_buffer(key).new_full(buffer.shape, key == "running_var")
     return statistics
 
 
