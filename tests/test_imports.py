@@ -31,6 +31,7 @@ ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published"}
 ROOM_OF = {
     "fusing": "families",
     "architectures": "families",
+    "calibration": "elastic",
     "constructors": "elastic",
     "exactness": "elastic",
     "registry": "elastic",
@@ -39,6 +40,7 @@ ROOM_OF = {
     "merging": "elastic",
     "compiling": "elastic",
     "model_card": "checkpoint",
+    "saved_statistics": "checkpoint",
     "published": "checkpoint",
     "__main__": "cli",
 }

@@ -4,6 +4,7 @@ from slicevit.version import __version__, check_installed
 
 check_installed()
 
+from slicevit.calibration import calibrate
 from slicevit.checkpoint import from_pretrained
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.families import Family, Fused, register_family
@@ -19,6 +20,7 @@ __all__ = [
     "SliceSettings",
     "WidthGrid",
     "__version__",
+    "calibrate",
     "create_model",
     "from_pretrained",
     "load_scala_checkpoint",

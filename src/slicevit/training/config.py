@@ -138,6 +138,8 @@ class TrainConfig:
 
     eval_batch_size: int = 500
     """Images a step of evaluation."""
+    statistics_images: int = 2048
+    """Training images that BatchNorm statistics of every width are taken from, before each evaluation."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_steps: int = 0
@@ -160,7 +162,7 @@ class TrainConfig:
         self.change()
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is not one of {', '.join(METHODS)}")
-        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every"):
+        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "statistics_images", "eval_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         for name in (

@@ -13,8 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from slicevit import checkpoint
+from slicevit.calibration import calibrate
 from slicevit.data import eval_batches, eval_transform
+from slicevit.elastic import ElasticModel
 from slicevit.evaluation.accuracy import Accuracy
+from slicevit.evaluation.calibrating import BATCH, training_batches
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.config import TrainConfig
 from slicevit.training.distiller import Fit
@@ -136,6 +139,8 @@ class Run(Trainee):
     def _evaluate(self) -> dict[str, Accuracy] | dict[str, Fit]:
         """Every width on the test images: its accuracy or, without labels, how near it comes to the teacher."""
         config, model = self.config, self.evaluated
+        if model.has_batch_norm:
+            self._calibrate(model)
         batches = eval_batches(
             self.val_set,
             eval_transform(self.transform),
@@ -148,6 +153,20 @@ class Run(Trainee):
         if self.distiller is not None:
             return self.distiller.evaluate(model, model.widths, batches, self.ranks)
         return measure_accuracy(model, model.widths, batches)
+
+    def _calibrate(self, model: ElasticModel) -> None:
+        """Give every width BatchNorm statistics of the weights as they are, the same ones on every rank."""
+        config = self.config
+        images = training_batches(
+            self.loader.dataset,
+            self.transform,
+            config.statistics_images,
+            min(BATCH, config.eval_batch_size),
+            config.workers,
+            config.max_bad_share,
+            config.seed,
+        )
+        calibrate(model, images)
 
     def _finish(self) -> Rows:
         model = self.evaluated.eval()
