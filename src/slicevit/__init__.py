@@ -8,6 +8,7 @@ from slicevit.checkpoint import from_pretrained
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.families import Family, Fused, register_family
 from slicevit.published import load_scala_checkpoint
+from slicevit.rewiring import measure_importance, rewire
 from slicevit.widths import WidthGrid
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "create_model",
     "from_pretrained",
     "load_scala_checkpoint",
+    "measure_importance",
     "register_family",
+    "rewire",
 ]

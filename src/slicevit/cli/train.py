@@ -6,6 +6,7 @@ import ast
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
+    arguments = _rewire_alone(arguments)
     model_args, arguments = _take_model_args(arguments)
     if name is None:
         name = "own-data" if gives(arguments, "--data") or gives(arguments, "--model") else "fashion"
@@ -51,6 +53,14 @@ def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     )
     config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return parse(TrainConfig, arguments, "train", default=default, description=description, config=config)
+
+
+def _rewire_alone(arguments: list[str]) -> list[str]:
+    """`--rewire` without a value is `--rewire permute`."""
+    full = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        full += [argument, "permute"] if argument == "--rewire" and following.startswith("--") else [argument]
+    return full
 
 
 def _new_folder(config: TrainConfig) -> Path:
