@@ -25,7 +25,7 @@ ALLOWED["export"] = {*CORE, "costs", "checkpoint", "data", "evaluation"}
 ALLOWED["runtime"] = {*CORE, "costs", "checkpoint", "data", "evaluation", "export"}
 ALLOWED["serving"] = {*ALLOWED["runtime"], "runtime"}
 ALLOWED["cli"] = set(ALLOWED) | {"published"}
-ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published"}
+ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published", "costs"}
 
 # modules that belong to a room of another name
 ROOM_OF = {
@@ -35,6 +35,7 @@ ROOM_OF = {
     "constructors": "elastic",
     "exactness": "elastic",
     "registry": "elastic",
+    "rewiring": "costs",
     "skeletons": "elastic",
     "subnet": "elastic",
     "merging": "elastic",

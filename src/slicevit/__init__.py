@@ -10,6 +10,7 @@ from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.families import Family, Fused, register_family
 from slicevit.merging import MergedTokens
 from slicevit.published import load_scala_checkpoint
+from slicevit.rewiring import measure_importance, rewire
 from slicevit.widths import WidthGrid
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "create_model",
     "from_pretrained",
     "load_scala_checkpoint",
+    "measure_importance",
     "register_family",
+    "rewire",
 ]
