@@ -31,8 +31,8 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model, as key=value pairs: embed_dim=96 depth=6."""
     init: str = "scratch"
-    """scratch, pretrained (timm's weights), a file of the model's weights, or a folder that slicevit saved; the folder's
-    grid and slicing are the defaults."""
+    """scratch, pretrained (timm's weights), a file of the model's weights, or a folder that slicevit saved, whose grid
+    and slicing are the defaults."""
     rewire: Literal["off", "permute", "rotate"] = "off"
     """Put what matters of the weights that the run begins with first: channels in another order (permute; --rewire
     alone says so), or the residual stream and the heads in another basis too (rotate)."""
