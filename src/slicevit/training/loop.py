@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from slicevit.training.trackers import Trackers
 from slicevit.training.trainee import Trainee
 
 LATENCY_SECONDS = 0.5
+_SHOWN = {"top1": "top-1", "miou": "mIoU"}
 
 
 class Run(Trainee):
@@ -77,7 +78,7 @@ class Run(Trainee):
                 self.trackers.losses(self.monitor.shown, self.step)
                 if signum:
                     self.keeper.save()
-                    raise Interrupted(self.folder, signum)
+                    raise Interrupted(self.folder, signum, self.command)
                 if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                     self.keeper.save()
             self._end_epoch(epoch, progress)
@@ -89,7 +90,7 @@ class Run(Trainee):
     def _stop_if_asked(self, stop: StopRequest) -> None:
         """Between epochs, where all is saved, and all ranks can be asked."""
         if signum := max(self.ranks.gather(stop.signum)):
-            raise Interrupted(self.folder, signum)
+            raise Interrupted(self.folder, signum, self.command)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         end = min(self.total_steps, (epoch + 1) * self.loader.steps_per_epoch)
@@ -126,12 +127,12 @@ class Run(Trainee):
             row |= {"train_loss": means.get(name), "lr": self.optimizer.param_groups[-1]["lr"]}
             if name in self._scores:
                 scores = self._scores[name]
-                row |= {column: getattr(scores, column, None) for column in ("top1", "top5", "loss")}
+                row |= {column: getattr(scores, column, None) for column in self.figures}
             rows.append(row)
         checkpoint.save_weights(self.evaluated, self.folder)
         self.keeper.metrics.append(rows)
-        self.trackers.log(_figures(rows) | {"data_wait": progress.data_wait()}, self.step)
-        progress.say(f"{_epoch_line(epoch, rows)}  (data wait {100 * progress.data_wait():.1f} %)")
+        self.trackers.log(_figures(rows, self.figures) | {"data_wait": progress.data_wait()}, self.step)
+        progress.say(f"{_epoch_line(epoch, rows, self.figures[0])}  (data wait {100 * progress.data_wait():.1f} %)")
 
     def _evaluate(self) -> dict[str, Accuracy] | dict[str, Fit]:
         """Every width on the test images: its accuracy or, without labels, how near it comes to the teacher."""
@@ -161,22 +162,22 @@ class Run(Trainee):
         return TrainProgress(self.console, self.total_steps, self.config.batch_size)
 
 
-def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _figures(rows: list[dict[str, Any]], columns: Sequence[str]) -> dict[str, float]:
     """An epoch's rows as named figures: top1/1/2 and so on."""
     figures: dict[str, float] = {"lr": rows[0]["lr"]}
     for row in rows:
-        names = [name for name in ("top1", "top5", "loss") if row.get(name) is not None]
+        names = [name for name in columns if row.get(name) is not None]
         figures |= {f"{name}/{row['width']}": row[name] for name in names}
     return figures
 
 
-def _epoch_line(epoch: int, rows: list[dict[str, Any]]) -> str:
+def _epoch_line(epoch: int, rows: list[dict[str, Any]], figure: str) -> str:
     parts = []
     for row in rows:
-        if row.get("top1") is not None:
-            parts.append(f"{row['width']} {row['top1']:.1f}")
+        if row.get(figure) is not None:
+            parts.append(f"{row['width']} {row[figure]:.1f}")
     if parts:
-        return f"epoch {epoch + 1}: top-1 " + "  ".join(parts)
+        return f"epoch {epoch + 1}: {_SHOWN[figure]} " + "  ".join(parts)
     tested = any(row.get("loss") is not None for row in rows)  # without labels: against the teacher
     name, column = ("distillation loss", "loss") if tested else ("loss", "train_loss")
     losses = [f"{row['width']} {row[column]:.2f}" for row in rows if row.get(column) is not None]
