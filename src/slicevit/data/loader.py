@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .datasets import ImageSet, StreamSet, UnreadableImageError
-from .transforms import Transform
+from .transforms import PairTransform, Transform
 
 Batch = tuple[Tensor, Tensor]  # images_BCHW float32, targets_B int64 (of images with masks: targets_BHW)
 
@@ -61,7 +61,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: ImageSet | StreamSet,
-        transform: Transform,
+        transform: Transform | PairTransform,
         batch_size: int,
         seed: int,
         workers: int = 0,
@@ -136,7 +136,7 @@ class TrainLoader:
 
 def eval_batches(
     dataset: ImageSet | StreamSet,
-    transform: Transform,
+    transform: Transform | PairTransform,
     batch_size: int,
     workers: int = 0,
     max_bad_share: float = 0.01,
@@ -233,7 +233,7 @@ class _TrainBatches(Dataset):
 class _EvalBatches(Dataset):
     """By the number of the batch: images_BCHW, targets_B, and the unreadable images left out."""
 
-    def __init__(self, dataset: ImageSet, transform: Transform, shares: list[range]):
+    def __init__(self, dataset: ImageSet, transform: Transform | PairTransform, shares: list[range]):
         self._dataset = dataset
         self._transform = transform
         self.shares = shares
@@ -260,7 +260,7 @@ class _StreamBatches(IterableDataset):
     def __init__(
         self,
         source: Any,
-        transform: Transform,
+        transform: Any,
         batch_size: int,
         draw: tuple[int, int] | None = None,
         start_step: int = 0,

@@ -5,7 +5,6 @@ Legend of axis names: C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,10 +17,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from slicevit.data.image_set import ImageSet
+from slicevit.data.transforms import PairTransform
 from slicevit.data.walk import image_paths
 
 Layout: TypeAlias = Literal["masks", "ade20k"]
-PairTransform: TypeAlias = Callable[[Image.Image, Image.Image], tuple[Tensor, Tensor]]
 
 VOID = -100  # what cross-entropy leaves out, as torch has it
 _VOID_BYTE = 255

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from slicevit import checkpoint
 from slicevit.data import eval_batches, eval_transform
-from slicevit.evaluation.accuracy import Accuracy
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.config import TrainConfig
-from slicevit.training.distiller import Fit
-from slicevit.training.fits import Rows, fit_rows
+from slicevit.training.fits import fit_rows
 from slicevit.training.keeper import Keeper
 from slicevit.training.monitor import mean_losses, merge_losses
 from slicevit.training.progress import TrainProgress
@@ -44,8 +42,8 @@ class Run(Trainee):
         self.console = (console or Console()) if self.ranks.is_main else Console(quiet=True)
         self._scores: dict[str, Any] = {}
 
-    def train(self) -> Rows:
-        """Train to the end and evaluate every width; returns the rows of results.csv, or of distillation.csv.
+    def train(self) -> Sequence[Any]:
+        """Train to the end and evaluate every width; returns its rows (`WidthResult`, or without labels `FitResult`).
 
         Raises Interrupted after a signal, with the state saved, NotFinite when a loss is not finite, and RankLost
         when another process is gone or only one met an error, with the state saved by the first that notices.
@@ -64,7 +62,7 @@ class Run(Trainee):
                     raise
                 raise self.keeper.rescue(error) from None
 
-    def _epochs(self, stop: StopRequest, progress: TrainProgress) -> Rows:
+    def _epochs(self, stop: StopRequest, progress: TrainProgress) -> Sequence[Any]:
         epoch_steps = self.loader.steps_per_epoch
         first_epoch = max(0, self.step - 1) // epoch_steps
         progress.start_at(self.step)
@@ -134,7 +132,7 @@ class Run(Trainee):
         self.trackers.log(_figures(rows, self.figures) | {"data_wait": progress.data_wait()}, self.step)
         progress.say(f"{_epoch_line(epoch, rows, self.figures[0])}  (data wait {100 * progress.data_wait():.1f} %)")
 
-    def _evaluate(self) -> dict[str, Accuracy] | dict[str, Fit]:
+    def _evaluate(self) -> dict[str, Any]:
         """Every width on the test images: its accuracy or, without labels, how near it comes to the teacher."""
         config, model = self.config, self.evaluated
         batches = eval_batches(
@@ -150,7 +148,7 @@ class Run(Trainee):
             return self.distiller.evaluate(model, model.widths, batches, self.ranks)
         return measure_accuracy(model, model.widths, batches)
 
-    def _finish(self) -> Rows:
+    def _finish(self) -> Sequence[Any]:
         model = self.evaluated.eval()
         scores: dict[str, Any] = self._scores or self._evaluate()
         latency = self.ranks.from_main(lambda: measure_widths_latency(model, model.widths, LATENCY_SECONDS))

@@ -122,7 +122,9 @@ class SegmentConfig:
     def training(self) -> TrainConfig:
         """What the training loop takes of it. Raises ValueError naming the flag that is wrong."""
         known = {field.name for field in dataclasses.fields(TrainConfig)}
-        shared = {name: value for name, value in vars(self).items() if name in known and value is not None}
+        shared: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if name in known and value is not None
+        }
         return TrainConfig(**shared)
 
 
@@ -131,4 +133,5 @@ def from_dict(values: dict[str, Any]) -> SegmentConfig:
     known = {field.name for field in dataclasses.fields(SegmentConfig)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"config.json has fields that this version does not know: {', '.join(unknown)}")
-    return SegmentConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return SegmentConfig(**values)

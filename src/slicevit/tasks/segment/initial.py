@@ -98,7 +98,7 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         | ({"img_size": tuple(config.size)} if sized else {})
         | ({"drop_path_rate": config.drop_path} if config.drop_path else {}),
         cut=None if legal == FULL else str(legal),
-        size=tuple(config.size),
+        size=config.size,
         channels=config.decoder_channels,
         num_classes=config.num_classes,
         grid=config.grid if cut is None else "1:1:1",

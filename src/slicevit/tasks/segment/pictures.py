@@ -45,7 +45,7 @@ def draw_predictions(folder: Path, config: SegmentConfig) -> Path:
         panels = [np.asarray(image.convert("RGB")), coloured(truth_HW, config.num_classes)]
         for name in chosen:
             with torch.inference_mode():
-                logits_1KHW = whole_logits(modules[name][0], pixels_CHW[None], recipe.size, tuple(truth_HW.shape))
+                logits_1KHW = whole_logits(modules[name][0], pixels_CHW[None], recipe.size, (image.height, image.width))
             panels.append(coloured(logits_1KHW[0].argmax(0), config.num_classes))
         for axis, panel, title in zip(axes[row], panels, titles, strict=True):
             axis.imshow(panel, interpolation="nearest")

@@ -60,7 +60,7 @@ class SegmentRun(loop.Run):
         check_installed(config.log_with)
         self.model, self.recipe = initial.begin(config)
         self.model.to(self.device)
-        self.transform = self.recipe.transform(config)
+        self.pairs = self.recipe.transform(config)
         train_set, self.val_set = (
             MaskSet(config.data, split, config.num_classes, config.folders, self.recipe.in_chans)
             for split in ("train", config.eval_split)
@@ -69,7 +69,7 @@ class SegmentRun(loop.Run):
         self.mixer = setup.Mixer(self.config, config.num_classes)
         self.loader = TrainLoader(
             train_set,
-            train_pair_transform(self.transform),
+            train_pair_transform(self.pairs),
             self.config.rank_batch(self.ranks.count),
             config.seed,
             config.workers,
@@ -82,7 +82,7 @@ class SegmentRun(loop.Run):
     def _evaluate(self) -> dict[str, SegmentationScore]:
         batches = eval_batches(
             self.val_set,
-            eval_pair_transform(self.transform),
+            eval_pair_transform(self.pairs),
             1,  # images are of many sizes
             self.config.workers,
             self.config.max_bad_share,

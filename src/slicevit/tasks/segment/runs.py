@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -61,8 +62,8 @@ def _train(config: SegmentConfig, folder: Path, console: Console, ranks: Ranks) 
 
 
 def _one(config: SegmentConfig, folder: Path, console: Console) -> list[SegmentResult]:
-    rows = [row for row in SegmentRun(config, folder, console).train() if isinstance(row, SegmentResult)]
-    return rows if config.width is None else [replace(row, width=config.width) for row in rows]
+    rows: Sequence[SegmentResult] = SegmentRun(config, folder, console).train()
+    return [row if config.width is None else replace(row, width=config.width) for row in rows]
 
 
 def _train_separately(config: SegmentConfig, folder: Path, console: Console, ranks: Ranks) -> list[SegmentResult]:

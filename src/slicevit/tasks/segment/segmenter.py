@@ -49,11 +49,12 @@ class Segmenter(nn.Module):
         num_classes: int,
     ):
         super().__init__()
-        self.backbone: Any = build_backbone(backbone, backbone_args, changes)[0]
+        made: Any = build_backbone(backbone, backbone_args, changes)[0]
+        self.backbone = made
         self.num_classes, self.size = num_classes, tuple(size)
-        self.embed_dim = int(self.backbone.num_features)
-        self.indices, self.single = picked_levels(self.backbone)
-        info = self.backbone.feature_info
+        self.embed_dim = int(made.num_features)
+        self.indices, self.single = picked_levels(made)
+        info = made.feature_info
         self.decoder = SemanticFpn([int(info[index]["num_chs"]) for index in self.indices], channels, num_classes)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class SemanticFpn(nn.Module):
         total = levels[0].new_zeros(())
         for place, branch in enumerate(self.branches):
             x = levels[place]
-            for step, convolution in enumerate(branch):  # type: ignore[arg-type]
+            for step, convolution in enumerate(branch.children()):
                 x = convolution(x)
                 if place > step:
                     x = resized(x, levels[place - step - 1].shape[2:])
