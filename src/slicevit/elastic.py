@@ -22,7 +22,7 @@ from timm.models._input import get_model_args
 from torch import Tensor, nn
 
 from slicevit import compiling, constructors, skeletons, subnet
-from slicevit.families import AttnScale, Heads, Layout, Scope, family_of
+from slicevit.families import AttnScale, Family, Heads, Layout, Scope, family_of
 from slicevit.skeletons import Links, Skeleton, Statistics
 from slicevit.widths import FULL, End, Isolation, Width, WidthGrid
 
@@ -72,6 +72,7 @@ class ElasticModel(nn.Module):
         grid: the legal widths, a `WidthGrid` or "smallest:largest:step".
         model_args: what rebuilds the model at other widths, beyond what timm recorded: the keyword arguments of
             `timm.create_model`, or of the class for a model that was built from its class.
+        family: how it is sliced, where that is not what is registered for its class.
         settings: the fields of `SliceSettings`.
 
     Attributes:
@@ -89,6 +90,7 @@ class ElasticModel(nn.Module):
         model: nn.Module,
         grid: WidthGrid | str,
         model_args: dict[str, Any] | None = None,
+        family: Family | None = None,
         **settings: Any,
     ):
         super().__init__()
@@ -99,7 +101,7 @@ class ElasticModel(nn.Module):
         self.settings = SliceSettings(**settings)
         self.model_args = _recorded_args(model) | (model_args or {})
         self.label_names: list[str] | None = None
-        self._family = family_of(model)
+        self._family = family or family_of(model)
         self._replayed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self._checkpointing = False
         self._statistics = {}

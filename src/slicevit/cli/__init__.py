@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "accuracy, costs and latency at every width of a run",
     "calibrate": "BatchNorm statistics of every width, from training images",
     "probe": "what the features of every width are worth on another data set",
+    "segment": "train a segmenter that is every narrower one too, on images with masks",
     "report": "several runs on one picture and page",
     "export": "cut a width out",
     "profile": "latency and memory of every width on this machine",

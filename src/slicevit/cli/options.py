@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import io
@@ -56,3 +57,33 @@ def gives(arguments: list[str], flag: str) -> bool:
 def speaks() -> bool:
     """Whether this process is the one of a run's to say what all of them could."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """What follows --model-args up to the next flag, as key=value pairs, and the arguments without it."""
+    if "--model-args" not in arguments:
+        return None, arguments
+    start = end = arguments.index("--model-args") + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    try:
+        return _key_values(arguments[start:end]), arguments[: start - 1] + arguments[end:]
+    except ValueError as error:
+        raise ValueError(f"--model-args: {error}") from None
+
+
+def _key_values(text: list[str]) -> dict[str, Any]:
+    pairs = {}
+    for pair in text:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise ValueError(f"{pair!r} is not key=value")
+        pairs[key] = _literal(value)
+    return pairs
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

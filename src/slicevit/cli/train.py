@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from slicevit.cli.options import gives, parse, speaks, take_option
+from slicevit.cli.options import gives, parse, speaks, take_model_args, take_option
 from slicevit.training.config import TrainConfig
 from slicevit.training.initial import with_slicing_of
 from slicevit.training.presets import PRESETS, preset
@@ -42,7 +41,7 @@ def run(arguments: list[str]) -> None:
 
 def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     arguments = _rewire_alone(arguments)
-    model_args, arguments = _take_model_args(arguments)
+    model_args, arguments = take_model_args(arguments)
     if name is None:
         name = "own-data" if gives(arguments, "--data") or gives(arguments, "--model") else "fashion"
     default = preset(name)
@@ -81,33 +80,3 @@ def _print_results(console: Console, rows: Sequence[Any], folder: Path) -> None:
         return
     console.print(results_table(rows, f"{folder}"))
     console.print(f"picture {folder / 'frontier.png'}, page {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
-    """What follows --model-args up to the next flag, as key=value pairs, and the arguments without it."""
-    if "--model-args" not in arguments:
-        return None, arguments
-    start = end = arguments.index("--model-args") + 1
-    while end < len(arguments) and not arguments[end].startswith("--"):
-        end += 1
-    try:
-        return _key_values(arguments[start:end]), arguments[: start - 1] + arguments[end:]
-    except ValueError as error:
-        raise ValueError(f"--model-args: {error}") from None
-
-
-def _key_values(text: list[str]) -> dict[str, Any]:
-    pairs = {}
-    for pair in text:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise ValueError(f"{pair!r} is not key=value")
-        pairs[key] = _literal(value)
-    return pairs
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

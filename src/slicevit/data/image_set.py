@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,11 +41,11 @@ class ImageSet(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
         """The decoded image, in mode `self._mode`, and its class index."""
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image (mode "L" or "RGB") and its class index.
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """The decoded image (mode "L" or "RGB") and its class index; of a `MaskSet` its mask.
 
         Raises:
             UnreadableImageError: if it cannot be decoded, for whatever reason the decoder has.

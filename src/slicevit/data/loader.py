@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .datasets import ImageSet, StreamSet, UnreadableImageError
-from .transforms import Transform
+from .transforms import PairTransform, Transform
 
-Batch = tuple[Tensor, Tensor]  # images_BCHW float32, targets_B int64
+Batch = tuple[Tensor, Tensor]  # images_BCHW float32, targets_B int64 (of images with masks: targets_BHW)
 
 _logger = logging.getLogger("slicevit")
 
@@ -61,7 +61,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: ImageSet | StreamSet,
-        transform: Transform,
+        transform: Transform | PairTransform,
         batch_size: int,
         seed: int,
         workers: int = 0,
@@ -136,7 +136,7 @@ class TrainLoader:
 
 def eval_batches(
     dataset: ImageSet | StreamSet,
-    transform: Transform,
+    transform: Transform | PairTransform,
     batch_size: int,
     workers: int = 0,
     max_bad_share: float = 0.01,
@@ -205,7 +205,7 @@ class _TrainBatches(Dataset):
         self._bad_limit = bad.limit
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-        samples: list[tuple[Tensor, int]] = []
+        samples: list[tuple[Tensor, Any]] = []
         found: dict[int, str] = {}
         with _own_randomness():
             for place in range(step * self._batch_size, (step + 1) * self._batch_size):
@@ -216,10 +216,10 @@ class _TrainBatches(Dataset):
                     return *_stack([]), found
                 image, target = loaded
                 _seed(*self._draw, index, repeat)
-                samples.append((self._transform(image), target))
+                samples.append(_sample(self._transform, image, target))
         return *_stack(samples), found
 
-    def _next_readable(self, index: int, found: dict[int, str]) -> tuple[Image.Image, int] | None:
+    def _next_readable(self, index: int, found: dict[int, str]) -> tuple[Image.Image, Any] | None:
         while len(self._bad) <= self._bad_limit:
             if index not in self._bad:
                 try:
@@ -233,13 +233,13 @@ class _TrainBatches(Dataset):
 class _EvalBatches(Dataset):
     """By the number of the batch: images_BCHW, targets_B, and the unreadable images left out."""
 
-    def __init__(self, dataset: ImageSet, transform: Transform, shares: list[range]):
+    def __init__(self, dataset: ImageSet, transform: Transform | PairTransform, shares: list[range]):
         self._dataset = dataset
         self._transform = transform
         self.shares = shares
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-        samples: list[tuple[Tensor, int]] = []
+        samples: list[tuple[Tensor, Any]] = []
         found: dict[int, str] = {}
         for index in self.shares[batch]:
             try:
@@ -247,7 +247,7 @@ class _EvalBatches(Dataset):
             except UnreadableImageError as error:
                 found[index] = str(error)
             else:
-                samples.append((self._transform(image), target))
+                samples.append(_sample(self._transform, image, target))
         return *_stack(samples), found
 
 
@@ -260,7 +260,7 @@ class _StreamBatches(IterableDataset):
     def __init__(
         self,
         source: Any,
-        transform: Transform,
+        transform: Any,
         batch_size: int,
         draw: tuple[int, int] | None = None,
         start_step: int = 0,
@@ -295,11 +295,16 @@ class _StreamBatches(IterableDataset):
         return samples
 
 
-def _stack(samples: list[tuple[Tensor, int]]) -> Batch:
+def _sample(transform: Any, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
+    """What `transform` makes of an image; of an image and its mask together, where its target is one."""
+    return transform(image, target) if isinstance(target, Image.Image) else (transform(image), target)
+
+
+def _stack(samples: list[tuple[Tensor, Any]]) -> Batch:
     if not samples:
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
     images, targets = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(targets)
+    return torch.stack(images), torch.stack(targets) if isinstance(targets[0], Tensor) else torch.tensor(targets)
 
 
 def _loader(batches: Dataset, workers: int, **options: Any) -> DataLoader:

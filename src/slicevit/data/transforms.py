@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 Transform = Callable[[Image.Image], Tensor]
+PairTransform = Callable[[Image.Image, Image.Image], tuple[Tensor, Tensor]]  # of an image and its mask
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 

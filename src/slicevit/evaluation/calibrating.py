@@ -16,8 +16,9 @@ from torch import Tensor
 
 from slicevit.calibration import calibrate
 from slicevit.checkpoint import from_pretrained, read_config, save_weights
-from slicevit.data import ImageSet, StreamSet, TransformConfig, eval_batches, eval_config, eval_transform, open_dataset
+from slicevit.data import ImageSet, StreamSet, Transform, eval_batches, eval_config, eval_transform, open_dataset
 from slicevit.data.subset import Subset
+from slicevit.data.transforms import PairTransform
 from slicevit.evaluation.widths import asked_width
 
 IMAGES, BATCH = 2048, 256
@@ -25,14 +26,14 @@ IMAGES, BATCH = 2048, 256
 
 def training_batches(
     dataset: ImageSet | StreamSet,
-    transform: TransformConfig,
+    transform: Transform | PairTransform,
     images: int = IMAGES,
     batch_size: int = BATCH,
     workers: int = 0,
     max_bad_share: float = 0.01,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """Batches (B, C, H, W) of `images` training images drawn by `seed`, as they are seen in evaluation.
+    """Batches (B, C, H, W) of `images` training images drawn by `seed`, as `transform` gives them.
 
     All have `batch_size` images (what does not fill a batch is left out) unless there are fewer in all. Of a stream
     the first images are taken. Raises ValueError when too many are unreadable.
@@ -40,7 +41,7 @@ def training_batches(
     if isinstance(dataset, ImageSet):
         order_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         dataset = Subset(dataset, order_N[:images].numpy())
-    batches = eval_batches(dataset, eval_transform(transform), min(batch_size, images), workers, max_bad_share)
+    batches = eval_batches(dataset, transform, min(batch_size, images), workers, max_bad_share)
     first = True
     for images_BCHW, _ in islice(batches, math.ceil(images / batch_size)):
         if first or len(images_BCHW) == batch_size:
@@ -79,7 +80,7 @@ def calibrate_run(
     transform = eval_config(config)
     root = data_root or training.get("data_root")
     dataset = open_dataset(spec, "train", root=root, in_chans=transform.in_chans, labels=bool(model.num_classes))
-    batches = training_batches(dataset, transform, images, batch_size, workers, max_bad_share, seed)
+    batches = training_batches(dataset, eval_transform(transform), images, batch_size, workers, max_bad_share, seed)
     legal = [asked_width(model, width) for width in widths] or list(model.widths)
     model.to(device)
     seen = calibrate(model, batches, legal, progress)

@@ -59,7 +59,15 @@ class WidthResult:
     images: int
 
 
-METRICS_COLUMNS = ("epoch", "step", "width", "train_loss", "top1", "top5", "loss", "lr")
+ACCURACY_FIGURES = ("top1", "top5", "loss")  # what an epoch measures of a classifier
+
+
+def metrics_columns(figures: Sequence[str]) -> tuple[str, ...]:
+    """The columns of metrics.csv where an epoch measures `figures`."""
+    return ("epoch", "step", "width", "train_loss", *figures, "lr")
+
+
+METRICS_COLUMNS = metrics_columns(ACCURACY_FIGURES)
 _RESULT_COLUMNS = tuple(field.name for field in fields(WidthResult))
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
@@ -111,13 +119,18 @@ def _width_result(row: Any) -> WidthResult:
 class MetricsLog:
     """metrics.csv of a run: a row per epoch and width, rewritten whole and in one step.
 
+    Args:
+        folder: the run's.
+        figures: what an epoch measures of every width.
+
     Raises:
         ValueError: the folder has a metrics.csv that is broken.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, figures: Sequence[str] = ACCURACY_FIGURES) -> None:
         self.path = Path(folder, "metrics.csv")
-        self._rows = read_metrics(folder)
+        self.columns = metrics_columns(figures)
+        self._rows = read_metrics(folder, figures)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -131,23 +144,23 @@ class MetricsLog:
             ValueError: a row without epoch, step or width, or with a column that metrics.csv has not.
         """
         for row in rows:
-            if not {"epoch", "step", "width"} <= set(row) <= set(METRICS_COLUMNS):
+            if not {"epoch", "step", "width"} <= set(row) <= set(self.columns):
                 raise ValueError(
                     f"a row of {self.path} needs epoch, step and width, and may have no other columns than "
-                    f"{', '.join(METRICS_COLUMNS)}: got {', '.join(row)}"
+                    f"{', '.join(self.columns)}: got {', '.join(row)}"
                 )
-        self._write(self._rows + [{name: row.get(name) for name in METRICS_COLUMNS} for row in rows])
+        self._write(self._rows + [{name: row.get(name) for name in self.columns} for row in rows])
 
     def truncate(self, step: int) -> None:
         """Drop the rows after `step`, so that a run resumed there writes them again."""
         self._write([row for row in self._rows if row["step"] <= step])
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        write_text(self.path, to_csv(METRICS_COLUMNS, rows))
+        write_text(self.path, to_csv(self.columns, rows))
         self._rows = rows
 
 
-def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
+def read_metrics(folder: Path | str, figures: Sequence[str] = ACCURACY_FIGURES) -> list[dict[str, Any]]:
     """Read metrics.csv: epoch and step as int, width as str, the rest as float or None where empty.
 
     Without the file there are no rows.
@@ -155,23 +168,23 @@ def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is broken.
     """
-    path = Path(folder, "metrics.csv")
+    path, columns = Path(folder, "metrics.csv"), metrics_columns(figures)
     if not path.exists():
         return []
     reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
     try:
-        if tuple(reader.fieldnames or ()) != METRICS_COLUMNS:
+        if tuple(reader.fieldnames or ()) != columns:
             raise ValueError(f"its columns are {', '.join(reader.fieldnames or ['none'])}")
-        return [_metrics_row(row) for row in reader]
+        return [_metrics_row(row, columns) for row in reader]
     except (ValueError, csv.Error, ZeroDivisionError) as error:
         raise ValueError(f"{path} is broken ({error}): delete it or mend it by hand") from error
 
 
-def _metrics_row(row: dict[str, Any]) -> dict[str, Any]:
+def _metrics_row(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     if None in row or None in row.values():
-        raise ValueError(f"a row has not {len(METRICS_COLUMNS)} cells")
+        raise ValueError(f"a row has not {len(columns)} cells")
     Fraction(row["width"])
-    numbers = {name: float(row[name]) if row[name] else None for name in METRICS_COLUMNS[3:]}
+    numbers = {name: float(row[name]) if row[name] else None for name in columns[3:]}
     return {"epoch": int(row["epoch"]), "step": int(row["step"]), "width": row["width"], **numbers}
 
 

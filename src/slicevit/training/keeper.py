@@ -53,7 +53,7 @@ class Keeper:
             main(self.describe)
         if state is not None and (others := _other_versions(state)):
             _logger.warning("%s was begun with %s: its end may differ in the last bits", self.folder, others)
-        self.metrics = MetricsLog(self.folder)
+        self.metrics = MetricsLog(self.folder, run.figures)
         main(lambda: self.metrics.truncate(run.step))
 
     def _sweep(self) -> None:
@@ -81,7 +81,7 @@ class Keeper:
         self.check_finite(min(bad_steps, default=None))
         state = run.state(setup.optimizer_state(run.optimizer, run.ranks))
         state["losses"] = merge_losses(run.ranks.gather(run.monitor.state_dict()))
-        run.ranks.from_main(lambda: save_checkpoint(self.folder, state))
+        run.ranks.from_main(lambda: save_checkpoint(self.folder, state, run.command))
 
     def rescue(self, error: Exception) -> RankLost:
         """Save the state without the ranks that are gone, once, and say so; the error to raise.
@@ -97,7 +97,7 @@ class Keeper:
         advice = "start again"
         try:
             if whole and (self.folder / CONFIG).exists():
-                save_checkpoint(self.folder, run.state(run.optimizer.state_dict()))
+                save_checkpoint(self.folder, run.state(run.optimizer.state_dict()), run.command)
             if saved := load_checkpoint(self.folder):
                 advice = (
                     f"step {saved['step']} is saved: go on, with any number of processes, with --resume {self.folder}"

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from slicevit import checkpoint
 from slicevit.calibration import calibrate
-from slicevit.data import eval_batches, eval_transform
-from slicevit.elastic import ElasticModel
-from slicevit.evaluation.accuracy import Accuracy
+from slicevit.data import Transform, eval_batches, eval_transform
+from slicevit.data.transforms import PairTransform
 from slicevit.evaluation.calibrating import BATCH, training_batches
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.config import TrainConfig
-from slicevit.training.distiller import Fit
-from slicevit.training.fits import Rows, fit_rows
+from slicevit.training.fits import fit_rows
 from slicevit.training.keeper import Keeper
 from slicevit.training.monitor import mean_losses, merge_losses
 from slicevit.training.progress import TrainProgress
@@ -31,6 +30,7 @@ from slicevit.training.trackers import Trackers
 from slicevit.training.trainee import Trainee
 
 LATENCY_SECONDS = 0.5
+_SHOWN = {"top1": "top-1", "miou": "mIoU"}
 
 
 class Run(Trainee):
@@ -46,8 +46,8 @@ class Run(Trainee):
         self.console = (console or Console()) if self.ranks.is_main else Console(quiet=True)
         self._scores: dict[str, Any] = {}
 
-    def train(self) -> Rows:
-        """Train to the end and evaluate every width; returns the rows of results.csv, or of distillation.csv.
+    def train(self) -> Sequence[Any]:
+        """Train to the end and evaluate every width; returns its rows (`WidthResult`, or without labels `FitResult`).
 
         Raises Interrupted after a signal, with the state saved, NotFinite when a loss is not finite, and RankLost
         when another process is gone or only one met an error, with the state saved by the first that notices.
@@ -66,7 +66,7 @@ class Run(Trainee):
                     raise
                 raise self.keeper.rescue(error) from None
 
-    def _epochs(self, stop: StopRequest, progress: TrainProgress) -> Rows:
+    def _epochs(self, stop: StopRequest, progress: TrainProgress) -> Sequence[Any]:
         epoch_steps = self.loader.steps_per_epoch
         first_epoch = max(0, self.step - 1) // epoch_steps
         progress.start_at(self.step)
@@ -80,7 +80,7 @@ class Run(Trainee):
                 self.trackers.losses(self.monitor.shown, self.step)
                 if signum:
                     self.keeper.save()
-                    raise Interrupted(self.folder, signum)
+                    raise Interrupted(self.folder, signum, self.command)
                 if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                     self.keeper.save()
             self._end_epoch(epoch, progress)
@@ -92,7 +92,7 @@ class Run(Trainee):
     def _stop_if_asked(self, stop: StopRequest) -> None:
         """Between epochs, where all is saved, and all ranks can be asked."""
         if signum := max(self.ranks.gather(stop.signum)):
-            raise Interrupted(self.folder, signum)
+            raise Interrupted(self.folder, signum, self.command)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         end = min(self.total_steps, (epoch + 1) * self.loader.steps_per_epoch)
@@ -117,7 +117,7 @@ class Run(Trainee):
         self.keeper.save()
         if not self.ranks.from_main(lambda: any(row["epoch"] == epoch for row in self.keeper.metrics.rows)):
             last = self.step >= self.total_steps
-            self._scores = self._evaluate() if last or (epoch + 1) % self.config.eval_every == 0 else {}
+            self._scores = self._scored() if last or (epoch + 1) % self.config.eval_every == 0 else {}
             means = mean_losses(merge_losses(self.ranks.gather(self.monitor.state_dict())))
             self.ranks.from_main(lambda: self._record(epoch, means, progress))
         self.monitor.reset()
@@ -129,18 +129,16 @@ class Run(Trainee):
             row |= {"train_loss": means.get(name), "lr": self.optimizer.param_groups[-1]["lr"]}
             if name in self._scores:
                 scores = self._scores[name]
-                row |= {column: getattr(scores, column, None) for column in ("top1", "top5", "loss")}
+                row |= {column: getattr(scores, column, None) for column in self.figures}
             rows.append(row)
         checkpoint.save_weights(self.evaluated, self.folder)
         self.keeper.metrics.append(rows)
-        self.trackers.log(_figures(rows) | {"data_wait": progress.data_wait()}, self.step)
-        progress.say(f"{_epoch_line(epoch, rows)}  (data wait {100 * progress.data_wait():.1f} %)")
+        self.trackers.log(_figures(rows, self.figures) | {"data_wait": progress.data_wait()}, self.step)
+        progress.say(f"{_epoch_line(epoch, rows, self.figures[0])}  (data wait {100 * progress.data_wait():.1f} %)")
 
-    def _evaluate(self) -> dict[str, Accuracy] | dict[str, Fit]:
+    def _evaluate(self) -> dict[str, Any]:
         """Every width on the test images: its accuracy or, without labels, how near it comes to the teacher."""
         config, model = self.config, self.evaluated
-        if model.has_batch_norm:
-            self._calibrate(model)
         batches = eval_batches(
             self.val_set,
             eval_transform(self.transform),
@@ -154,23 +152,30 @@ class Run(Trainee):
             return self.distiller.evaluate(model, model.widths, batches, self.ranks)
         return measure_accuracy(model, model.widths, batches)
 
-    def _calibrate(self, model: ElasticModel) -> None:
-        """Give every width BatchNorm statistics of the weights as they are, the same ones on every rank."""
+    def _scored(self) -> dict[str, Any]:
+        """What `_evaluate` gives, every width on BatchNorm statistics of the weights as they are, equal on all ranks."""
         config = self.config
-        images = training_batches(
-            self.loader.dataset,
-            self.transform,
-            config.statistics_images,
-            min(BATCH, config.eval_batch_size),
-            config.workers,
-            config.max_bad_share,
-            config.seed,
-        )
-        calibrate(model, images)
+        if self.evaluated.has_batch_norm:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                images = training_batches(
+                    self.loader.dataset,
+                    self._statistics_transform(),
+                    config.statistics_images,
+                    min(BATCH, config.eval_batch_size),
+                    config.workers,
+                    config.max_bad_share,
+                    config.seed,
+                )
+                calibrate(self.evaluated, images)
+        return self._evaluate()
 
-    def _finish(self) -> Rows:
+    def _statistics_transform(self) -> Transform | PairTransform:
+        return eval_transform(self.transform)
+
+    def _finish(self) -> Sequence[Any]:
         model = self.evaluated.eval()
-        scores: dict[str, Any] = self._scores or self._evaluate()
+        scores: dict[str, Any] = self._scores or self._scored()
         latency = self.ranks.from_main(lambda: measure_widths_latency(model, model.widths, LATENCY_SECONDS))
         if self.distiller is not None:
             return fit_rows(model, scores, latency, self.transform, self.config.method)
@@ -180,22 +185,22 @@ class Run(Trainee):
         return TrainProgress(self.console, self.total_steps, self.config.batch_size)
 
 
-def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _figures(rows: list[dict[str, Any]], columns: Sequence[str]) -> dict[str, float]:
     """An epoch's rows as named figures: top1/1/2 and so on."""
     figures: dict[str, float] = {"lr": rows[0]["lr"]}
     for row in rows:
-        names = [name for name in ("top1", "top5", "loss") if row.get(name) is not None]
+        names = [name for name in columns if row.get(name) is not None]
         figures |= {f"{name}/{row['width']}": row[name] for name in names}
     return figures
 
 
-def _epoch_line(epoch: int, rows: list[dict[str, Any]]) -> str:
+def _epoch_line(epoch: int, rows: list[dict[str, Any]], figure: str) -> str:
     parts = []
     for row in rows:
-        if row.get("top1") is not None:
-            parts.append(f"{row['width']} {row['top1']:.1f}")
+        if row.get(figure) is not None:
+            parts.append(f"{row['width']} {row[figure]:.1f}")
     if parts:
-        return f"epoch {epoch + 1}: top-1 " + "  ".join(parts)
+        return f"epoch {epoch + 1}: {_SHOWN[figure]} " + "  ".join(parts)
     tested = any(row.get("loss") is not None for row in rows)  # without labels: against the teacher
     name, column = ("distillation loss", "loss") if tested else ("loss", "train_loss")
     losses = [f"{row['width']} {row[column]:.2f}" for row in rows if row.get(column) is not None]

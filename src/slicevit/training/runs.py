@@ -35,11 +35,12 @@ def start(config: TrainConfig, folder: Path, console: Console | None = None) -> 
     Raises ValueError when `folder` already holds a run, or for whatever in `config` cannot be had.
     """
     ranks = join(config.device)
-    ranks.from_main(lambda: _check_new(folder))
+    ranks.from_main(lambda: check_new(folder))
     return _train(config, folder, console or Console(), ranks)
 
 
-def _check_new(folder: Path) -> None:
+def check_new(folder: Path) -> None:
+    """Raises ValueError when `folder` cannot take a new run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
     if (folder / "config.json").exists():

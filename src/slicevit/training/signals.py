@@ -15,10 +15,13 @@ class Interrupted(Exception):
 
     Attributes:
         folder: the run's folder. signum: the signal. exit_status: 128 + the signal's number.
+
+    `command` is the sub-command that resumes it.
     """
 
-    def __init__(self, folder: Path, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with: slicevit train --resume {folder}")
+    def __init__(self, folder: Path, signum: int, command: str = "train"):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; go on with: slicevit {command} --resume {folder}")
         self.folder, self.signum = folder, signum
         self.exit_status = 128 + signum
 

@@ -11,8 +11,10 @@ import torch
 CHECKPOINT = "checkpoint.pt"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, state: dict[str, Any], command: str = "train") -> None:
     """Write checkpoint.pt beside the old one, flush it to the disk, then put it in its place.
+
+    `command` is the sub-command that resumes the run.
 
     Raises ValueError naming the file when the disk is full or not writable; the old checkpoint stays.
     """
@@ -28,7 +30,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise ValueError(
             f"{path} cannot be written ({_reason(error)}): the previous checkpoint is kept; make room and run "
-            f"slicevit train --resume {folder}"
+            f"slicevit {command} --resume {folder}"
         ) from None
 
 

@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from slicevit.elastic import ElasticModel
+from slicevit.evaluation.results import ACCURACY_FIGURES
 from slicevit.training import setup
 from slicevit.training.config import TrainConfig
 from slicevit.training.distiller import Distiller
@@ -33,8 +34,15 @@ from slicevit.widths import FULL
 class Trainee:
     """The model of a run with its data, teacher, optimizer, schedule and average, on this rank.
 
+    Attributes:
+        command: the sub-command that makes such runs, and goes on with them.
+        figures: what an epoch measures of every width: columns of metrics.csv, the first on the screen.
+
     Raises ValueError for whatever in `config` cannot be had, naming the flag.
     """
+
+    command = "train"
+    figures: tuple[str, ...] = ACCURACY_FIGURES
 
     def __init__(self, config: TrainConfig):
         if config.threads:
@@ -53,18 +61,18 @@ class Trainee:
         self.total_steps = max(1, round(self.config.epochs * epoch_steps))
         self.schedule = setup.build_schedule(self.config, self.optimizer, self.total_steps, epoch_steps)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        assert self.config.transfer is not None
-        assert self.config.calibration is not None
-        self.objective = Objective(
-            self.config.transfer,
-            self.config.calibration,
-            config.smoothing,
-            config.distillation,
-            config.teacher_share,
-        )
+        self.objective = self._objective()
         self.monitor = LossMonitor(self.device)
         self.step = 0
         self._last_images: Tensor | None = None
+
+    def _objective(self) -> Objective:
+        config = self.config
+        assert config.transfer is not None
+        assert config.calibration is not None
+        return Objective(
+            config.transfer, config.calibration, config.smoothing, config.distillation, config.teacher_share
+        )
 
     def _open_data(self) -> None:
         config = self.config

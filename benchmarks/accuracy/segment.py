@@ -1,0 +1,128 @@
+"""Segmentation at every width: each width cut out and trained alone, one slimmable segmenter, and separate networks.
+
+    python ../shared/data/unpack.py tiny-imagenet-100 data/tiny
+    python ../shared/data/unpack.py camvid data/camvid
+    python benchmarks/accuracy/segment.py --pretrain-on data/tiny --data data/camvid --work runs/segment
+
+Backbones are trained on the classes of --pretrain-on first: a Scala model, and a model of each of the widths 1/4, 1/2,
+3/4, 1 alone, of equal epochs and learning rate. Then, for each seed, on --data:
+
+| row | backbones | decoder | training |
+|---|---|---|---|
+| cut out | Scala's, cut at each width | whole | each width alone (the paper's way) |
+| slimmable | Scala's | sliced | all widths in one run |
+| separate | trained alone | whole | each width alone |
+
+Every run has the same epochs, so that the rows of widths trained alone took one run for each width. Runs that are there
+are not made again, and one that was stopped goes on. Ends with one JSON line, which --out also writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from common_runs import WIDTHS, Job, run_all, run_folder, stamp
+
+from slicevit.tasks.segment import runs
+from slicevit.tasks.segment.config import SegmentConfig
+from slicevit.tasks.segment.presets import preset as segment_preset
+from slicevit.tasks.segment.results import RESULTS, SegmentResult, read_segment_results
+from slicevit.training.config import TrainConfig
+from slicevit.training.presets import preset
+from slicevit.training.signals import Interrupted
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "scala": {"grid": "1/4:1:1/4"},
+    "separate": {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0},
+}
+ROWS = {"cut out": ("scala", "separate"), "slimmable": ("scala", "scala"), "separate": ("separate", "separate")}
+VIT = {"img_size": 64, "patch_size": 8, "in_chans": 3, "embed_dim": 192, "depth": 6, "num_heads": 4}
+
+
+def backbone_config(args: argparse.Namespace, method: str) -> TrainConfig:
+    """A classifier's run: the demo's recipe, on a ViT for images of 64 pixels in colour."""
+    given = {"data": args.pretrain_on, "model_args": VIT, "epochs": args.pretrain_epochs, "lr": args.pretrain_lr}
+    quiet = {"eval_every": 10_000, "threads": args.threads, "device": args.device, "seed": 0}
+    return replace(preset("fashion"), **(given | quiet | BACKBONES[method]))
+
+
+def segment_config(args: argparse.Namespace, backbone: Path, method: Any, seed: int) -> SegmentConfig:
+    """A segmenter's run on CamVid's layout."""
+    return replace(
+        segment_preset("camvid"),
+        data=args.data,
+        init=str(backbone),
+        method=method,
+        epochs=args.epochs,
+        lr=args.lr,
+        size=tuple(args.size),
+        seed=seed,
+        eval_every=10_000,
+        threads=args.threads,
+        device=args.device,
+        log_with=(),
+    )
+
+
+def segment(config: SegmentConfig, folder: Path) -> list[SegmentResult]:
+    """The rows of a run, which is made, gone on with, or read."""
+    if (folder / RESULTS).exists():
+        return read_segment_results(folder)
+    return runs.resume(folder) if (folder / "config.json").exists() else runs.start(config, folder)
+
+
+def summary(figures: list[float]) -> dict[str, float]:
+    """Mean over the seeds, and their deviation where there are several."""
+    found = {"mean": round(mean(figures), 2)}
+    return found | {"deviation": round(stdev(figures), 2)} if len(figures) > 1 else found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrain-on", required=True, help="a folder with train/ and val/ of class folders")
+    parser.add_argument("--data", required=True, help="a folder with {train,test}/{images,masks}, as CamVid's")
+    parser.add_argument("--work", type=Path, default=Path("runs/segment"))
+    parser.add_argument("--jobs", type=int, default=2, help="backbones trained at a time")
+    parser.add_argument("--pretrain-epochs", type=float, default=20.0)
+    parser.add_argument("--pretrain-lr", type=float, default=2e-3)
+    parser.add_argument("--epochs", type=float, default=60.0)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--size", type=int, nargs=2, default=(192, 256))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1, help="of each backbone's run; segmenters run one at a time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    backbones = {method: run_folder(args.work, f"backbone {method}", args.pretrain_lr, 0) for method in BACKBONES}
+    jobs = [Job(backbone_config(args, method), folder) for method, folder in backbones.items()]
+    if failed := run_all(lambda: jobs, args.jobs):
+        sys.exit(f"failed: {', '.join(run.name for run in failed)}")
+    torch.set_num_threads(args.threads)
+    found: dict[str, dict[str, list[float]]] = {row: {width: [] for width in WIDTHS} for row in ROWS}
+    for seed in args.seeds:
+        for row, (backbone, method) in ROWS.items():
+            config = segment_config(args, backbones[backbone], method, seed)
+            try:
+                results = segment(config, run_folder(args.work, f"segment {row}", args.lr, seed))
+            except Interrupted as stop:
+                print(stop, file=sys.stderr)
+                sys.exit(stop.exit_status)
+            for result in results:
+                found[row][result.width].append(result.miou)
+    miou = {row: {width: summary(figures) for width, figures in widths.items()} for row, widths in found.items()}
+    settings = {name: str(getattr(args, name)) for name in ("epochs", "lr", "pretrain_epochs", "seeds", "size")}
+    line = json.dumps({"miou": miou, "settings": settings, **stamp()})
+    if args.out:
+        args.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

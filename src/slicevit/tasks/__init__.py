@@ -1,0 +1,1 @@
+"""Tasks beyond classification, on an `ElasticModel` backbone."""

@@ -1,0 +1,118 @@
+"""The tables of a segmentation run: results.csv and results.json, a row for each width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from slicevit.costs import width_costs
+from slicevit.elastic import ElasticModel
+from slicevit.evaluation.results import macs_unit, short, to_csv
+from slicevit.evaluation.segmentation import SegmentationScore
+from slicevit.files import write_text
+from slicevit.tasks.segment.initial import Recipe
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """One width of one run; the columns that `slicevit.evaluation.results.WidthResult` has too mean the same.
+
+    Attributes:
+        model: timm's name of the backbone.
+        channels: of the backbone.
+        miou: mean intersection over union, in per cent.
+        pixel_accuracy: in per cent.
+        loss: mean cross-entropy of a pixel, in nats.
+        param_count, gmacs, latency_ms: of backbone and decoder together; of one window.
+        img_size: height and width of a window, in pixels, as "192x256".
+        ious: of each class in per cent, None where it is neither in the masks nor predicted; in results.json alone.
+        images: how many were evaluated on.
+    """
+
+    model: str
+    method: str
+    width: str
+    channels: int
+    miou: float
+    pixel_accuracy: float
+    loss: float
+    param_count: float
+    gmacs: float
+    latency_ms: float | None
+    img_size: str
+    images: int
+    ious: tuple[float | None, ...]
+
+
+def segment_rows(
+    model: ElasticModel,
+    recipe: Recipe,
+    scores: Mapping[str, SegmentationScore],
+    latency: Mapping[str, float],
+    method: str,
+) -> list[SegmentResult]:
+    """A row for each width of `scores`, narrowest first."""
+    rows = []
+    for name, score in sorted(scores.items(), key=lambda item: Fraction(item[0])):
+        costs = width_costs(model, name, (recipe.in_chans, *recipe.size))
+        rows.append(
+            SegmentResult(
+                model=recipe.backbone,
+                method=method,
+                width=name,
+                channels=costs.channels,
+                param_count=costs.params / 1e6,
+                gmacs=costs.macs / 1e9,
+                latency_ms=latency.get(name),
+                img_size=f"{recipe.size[0]}x{recipe.size[1]}",
+                **asdict(score),
+            )
+        )
+    return rows
+
+
+def write_segment_results(folder: Path, rows: Sequence[SegmentResult]) -> None:
+    """Write results.csv and results.json, each in one step."""
+    table = [asdict(row) for row in rows]
+    columns = tuple(field.name for field in fields(SegmentResult) if field.name != "ious")
+    write_text(folder / "results.csv", to_csv(columns, [{name: row[name] for name in columns} for row in table]))
+    write_text(folder / RESULTS, json.dumps(table, indent=2) + "\n")
+
+
+def read_segment_results(folder: Path) -> list[SegmentResult]:
+    """Read results.json. Raises ValueError when it is missing or broken."""
+    path = folder / RESULTS
+    try:
+        return [SegmentResult(**row | {"ious": tuple(row["ious"])}) for row in json.loads(path.read_text("utf-8"))]
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: go on with the run first") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is broken ({error}): delete it and go on with the run") from None
+
+
+def segment_table(rows: Sequence[SegmentResult], title: str) -> Table:
+    """The results for a terminal, 80 columns wide, narrowest width first."""
+    unit, scale = macs_unit(rows)
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("Width", no_wrap=True)
+    for heading in ("Channels", "Params\nM", unit, "mIoU\n%", "Pixels\n%", "Latency\nms"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.width,
+            str(row.channels),
+            short(row.param_count),
+            short(row.gmacs * scale),
+            f"{row.miou:.2f}",
+            f"{row.pixel_accuracy:.2f}",
+            "–" if row.latency_ms is None else short(row.latency_ms),
+        )
+    return table

@@ -1,0 +1,154 @@
+"""`Segmenter`: a timm backbone under Semantic FPN, which an `ElasticModel` slices like any other model.
+
+Legend of axis names: B images, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from slicevit import constructors, skeletons
+from slicevit.families import Family, Heads, Scope, family_of
+from slicevit.tasks.segment.semantic_fpn import STRIDES, SemanticFpn, resized
+from slicevit.widths import channels as channels_at
+
+Arguments = dict[str, Any]
+
+
+class Segmenter(nn.Module):
+    """Logits of every pixel, from feature maps of a timm model.
+
+    A hierarchical backbone gives the last map of each of its sizes. One whose maps have a single size (a ViT) gives
+    four, of evenly spaced blocks, normalised by its last norm and resized to a pyramid.
+
+    Args:
+        backbone: timm's name of the model.
+        backbone_args: keyword arguments of `timm.create_model`.
+        changes: what its class gets otherwise: the arguments of a narrow backbone.
+        size: (height, width) of the images.
+        channels: of the decoder's pyramid.
+        num_classes: K.
+
+    Raises ValueError when the backbone gives no feature maps.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        backbone_args: Arguments,
+        changes: Arguments,
+        size: tuple[int, int],
+        channels: int,
+        num_classes: int,
+    ):
+        super().__init__()
+        made: Any = build_backbone(backbone, backbone_args, changes)[0]
+        self.backbone = made
+        self.num_classes, self.size = num_classes, tuple(size)
+        self.embed_dim = int(made.num_features)
+        self.indices, self.single = picked_levels(made)
+        info = made.feature_info
+        self.decoder = SemanticFpn([int(info[index]["num_chs"]) for index in self.indices], channels, num_classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        wanted = sorted(set(self.indices))  # fewer than the levels where there are fewer blocks
+        maps = self.backbone.forward_intermediates(
+            images_BCHW, indices=wanted, norm=self.single, output_fmt="NCHW", intermediates_only=True
+        )
+        features = [maps[wanted.index(index)] for index in self.indices]
+        if self.single:
+            sides = images_BCHW.shape[2:]
+            features = [
+                resized(level, [max(1, side // stride) for side in sides])
+                for level, stride in zip(features, STRIDES, strict=True)
+            ]
+        return resized(self.decoder(features), images_BCHW.shape[2:])
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that timm exempts from weight decay."""
+        exempt = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in exempt}
+
+
+def picked_levels(backbone: Any) -> tuple[list[int], bool]:
+    """(which of a timm model's intermediate maps make the pyramid, whether all have a single size).
+
+    Raises ValueError when it has too few, or does not say.
+    """
+    info = getattr(backbone, "feature_info", None)
+    name = type(backbone).__name__
+    if not hasattr(backbone, "forward_intermediates") or not isinstance(info, list) or not info:
+        raise ValueError(f"a {name} gives no feature maps (forward_intermediates), so that no decoder can stand on it")
+    last = {int(level["reduction"]): place for place, level in enumerate(info)}
+    if len(last) > 1:
+        return [last[stride] for stride in sorted(last)][-len(STRIDES) :], False
+    count = len(STRIDES)
+    return [max(0, (place + 1) * len(info) // count - 1) for place in range(count)], True
+
+
+def build_backbone(name: str, arguments: Arguments, changes: Arguments) -> tuple[nn.Module, Arguments]:
+    """(timm's model without its head, what its class was given), its class having got `changes` as well."""
+    make = partial(timm.create_model, name, **(arguments | {"num_classes": 0}))
+    return constructors.construct(make, backbone_class(name, arguments), changes)
+
+
+_CLASSES: dict[str, type[nn.Module]] = {}
+
+
+def backbone_class(name: str, arguments: Arguments) -> type[nn.Module]:
+    """The class of timm's model `name`. Raises ValueError when it cannot be built so."""
+    if name not in _CLASSES:
+        make = partial(timm.create_model, name, **(arguments | {"num_classes": 0}))
+        _CLASSES[name] = type(skeletons.build_on_meta(make))
+    return _CLASSES[name]
+
+
+@dataclass(frozen=True)
+class SegmenterFamily(Family):
+    """How a `Segmenter` is sliced: its backbone as the backbone's family says, its decoder as any plain axis."""
+
+    inner: Family = field(default_factory=lambda: Family(frozenset()))
+
+    def arguments(
+        self, model: Any, given: Callable[[str], Any], width: Fraction, heads: Heads, scope: Scope
+    ) -> Arguments:
+        """The arguments of `Segmenter` at `width`. Raises ValueError where channels are not whole."""
+        if given("changes"):
+            raise ValueError("a segmenter on a width that was cut out has no narrower ones")
+        built = arguments_of(given("backbone"), given("backbone_args"))
+        changes = self.inner.arguments(model.backbone, partial(constructors.value_of, built), width, heads, scope)
+        decoder = given("channels") if scope == "mlp" else channels_at(width, given("channels"))
+        return {"changes": changes, "channels": decoder}
+
+
+def arguments_of(name: str, arguments: Arguments) -> Arguments:
+    """What the class of a timm model is given, defaults too."""
+    given: Arguments = {}
+
+    def build() -> nn.Module:
+        module, built = build_backbone(name, arguments, {})
+        given.update(built)
+        return module
+
+    skeletons.build_on_meta(build)
+    return given
+
+
+def segmenter_family(backbone: nn.Module) -> SegmenterFamily:
+    """The family of segmenters over models such as `backbone`. Raises ValueError when it has none itself."""
+    inner = family_of(backbone)
+    check = None if inner.check is None else partial(_check_backbone, inner.check)
+    plain = {name: getattr(inner, name) for name in ("structure", "rounded")}
+    return SegmenterFamily(frozenset({Segmenter.__name__}), check=check, inner=inner, **plain)
+
+
+def _check_backbone(check: Callable[[nn.Module], str | None], narrow: Any) -> str | None:
+    return check(narrow.backbone)

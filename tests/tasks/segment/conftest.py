@@ -1,0 +1,34 @@
+"""Tiny images with masks, and `slicevit segment` in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from segmenting import FLAGS, write_pairs
+
+from slicevit import cli
+
+Segment = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _alone(one_thread: None) -> None:
+    """On one thread: runs and slices are compared bit for bit."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"), {"train": 16, "val": 4, "test": 5})
+
+
+@pytest.fixture
+def segment(data: Path, monkeypatch: pytest.MonkeyPatch) -> Segment:
+    """`slicevit segment` on `data` with these flags beside the usual ones."""
+    monkeypatch.setattr("slicevit.training.loop.LATENCY_SECONDS", 0.01)
+
+    def call(out: Path, *flags: object) -> None:
+        cli.main(["segment", "--data", str(data), "--out", str(out), *FLAGS, *map(str, flags)])
+
+    return call

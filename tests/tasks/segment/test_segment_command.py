@@ -1,0 +1,169 @@
+"""`slicevit segment` from end to end: all widths in one network, each width alone, resumed, refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from segmenting import WIDTHS, saved_backbone
+
+from slicevit import cli
+from slicevit.tasks.segment.initial import load_segmenter, modules_of
+from slicevit.training import trainee
+
+Segment = Callable[..., None]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], None], status: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    captured = capsys.readouterr()
+    assert stop.value.code == status, captured
+    return captured.err.splitlines()[-1]
+
+
+def test_one_network_for_all_widths(segment: Segment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    segment(run, "--epochs", "16", "--eval-split", "test")
+    said = capsys.readouterr().out
+    rows = table(run)
+    assert [row["width"] for row in rows] == list(WIDTHS)
+    assert [int(row["channels"]) for row in rows] == [8, 16, 24, 32]
+    assert {row["images"] for row in rows} == {"5"}
+    assert all(float(row["miou"]) > 75 for row in rows), rows  # one class everywhere is 33 at best
+    written = json.loads((run / "results.json").read_text())
+    assert [np.mean(row["ious"]) for row in written] == pytest.approx([float(row["miou"]) for row in rows])
+    assert f"{float(rows[0]['miou']):.2f}" in said
+    assert "epoch 16: mIoU 1/4 " in said
+    with Image.open(run / "predictions.png") as picture:
+        assert picture.width > picture.height
+    with (run / "metrics.csv").open(newline="") as lines:
+        measured = list(csv.DictReader(lines))
+    assert [row["miou"] for row in measured[-4:]] == [row["miou"] for row in rows]
+    assert measured[0]["miou"] == ""
+    assert measured[0]["train_loss"] != ""
+
+
+def test_each_width_cut_out_and_trained_alone(segment: Segment, tmp_path: Path) -> None:
+    backbone, run = saved_backbone(tmp_path / "backbone"), tmp_path / "run"
+    segment(run, "--init", backbone, "--method", "separate", "--epochs", "1")
+    rows = table(run)
+    assert [row["width"] for row in rows] == list(WIDTHS)
+    assert [int(row["channels"]) for row in rows] == [8, 16, 24, 32]
+    modules = modules_of(run)
+    decoders = {name: module.decoder.classifier.weight.shape for name, (module, _) in modules.items()}
+    assert set(decoders.values()) == {(3, 16, 1, 1)}  # not sliced
+    assert (run / "predictions.png").exists()
+
+
+def test_a_width_that_was_cut_out_begins_with_the_weights_of_that_width(segment: Segment, tmp_path: Path) -> None:
+    """A learning rate of almost nothing leaves them as they were."""
+    backbone, run = saved_backbone(tmp_path / "backbone"), tmp_path / "run"
+    segment(
+        run, "--init", backbone, "--method", "separate", "--width", "1/4", "--epochs", "0.25", "--lr", "1e-30",
+        "--min-lr", "0",
+    )  # fmt: skip
+    assert [row["width"] for row in table(run)] == ["1/4"]
+    mine = load_segmenter(run)[0].state_dict()
+    whole = load_file(backbone / "model.safetensors")
+    assert torch.equal(mine["backbone.blocks.2.mlp.fc1.weight"], whole["blocks.2.mlp.fc1.weight"][-32:, -8:])
+    assert torch.equal(mine["backbone.patch_embed.proj.weight"], whole["patch_embed.proj.weight"][-8:])
+
+
+def test_separate_classifiers_begin_separate_segmenters(
+    segment: Segment, train_quickly: Callable[[list[str]], None], tmp_path: Path
+) -> None:
+    for label in ("a", "b"):
+        for split in ("train", "val"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (24, 24), (number * 20, 0, 9)).save(folder / f"{number}.png")
+    backbone, run = tmp_path / "backbone", tmp_path / "run"
+    train_quickly(
+        ["--data", str(tmp_path / "images"), "--out", str(backbone), "--method", "separate", "--grid", "1/2:1:1/2",
+         "--model", "vit_tiny_patch16_224", "--model-args", "img_size=24", "patch_size=8", "embed_dim=32", "depth=2",
+         "num_heads=2", "--epochs", "1", "--batch-size", "4", "--device", "cpu", "--workers", "0", "--log-with"]
+    )  # fmt: skip
+    segment(
+        run, "--init", backbone, "--method", "separate", "--grid", "1/2:1:1/2", "--epochs", "0.25", "--lr", "1e-30",
+        "--min-lr", "0",
+    )  # fmt: skip
+    assert [row["channels"] for row in table(run)] == ["16", "32"]
+    mine = load_file(run / "separate" / "1-2" / "model.safetensors")
+    whole = load_file(backbone / "separate" / "1-2" / "model.safetensors")
+    assert torch.equal(mine["backbone.blocks.1.attn.qkv.weight"], whole["blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("method", ["scala", "separate"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    segment: Segment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = ("--method", method, "--grid", "1/2:1:1/2", "--epochs", "2", "--drop-path", "0.2")
+    segment(whole, *flags)
+    steps, original = [], trainee.Trainee.train_step
+
+    def train_step(self: trainee.Trainee, *args: object) -> None:
+        original(self, *args)
+        steps.append(self.step)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainee.Trainee, "train_step", train_step)
+    told = refused(capsys, lambda: segment(run, *flags), status=143)
+    assert told.endswith(f"go on with: slicevit segment --resume {run}")
+    cli.main(["segment", "--resume", str(run)])
+    assert len(steps) == (16 if method == "separate" else 8)  # none done twice
+    for weights in sorted(whole.rglob("model.safetensors")):
+        mine, theirs = load_file(run / weights.relative_to(whole)), load_file(weights)
+        assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    kept = [[(row["width"], row["miou"]) for row in table(folder)] for folder in (whole, run)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--data", "nowhere"), "--data nowhere: nowhere/train/images is no folder"),
+        (("--width", "1/2"), "--width trains one width alone"),
+        (("--method", "separate", "--width", "1/3"), "--width 1/3: "),
+        (("--decoder-channels", "36"), "--decoder-channels must be a multiple of 8, got 36"),
+        (("--grid", "1/8:1:1/8"), "channels of the decoder do not divide into groups of 4"),
+        (("--num-classes", "1"), "--num-classes must lie between 2 and 255"),
+        (("--init", "nowhere"), "nowhere is neither a folder nor"),
+        (("--model", "vit_nonsense"), "unknown model"),
+        (("--scale", "2", "1"), "--scale must be above 0 and ascend"),
+        (("--lr", "0"), "--lr must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(
+    segment: Segment, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    run = tmp_path / "run"
+    assert said in refused(capsys, lambda: segment(run, *flags))
+    assert not (run / "model.safetensors").exists()
+
+
+def test_other_folders_are_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = saved_backbone(tmp_path / "backbone")
+    told = refused(capsys, lambda: cli.main(["segment", "--resume", str(backbone)]))
+    assert told == f"slicevit: {backbone} is no segmenter's folder: slicevit segment makes one"
