@@ -153,7 +153,7 @@ class Run(Trainee):
         return measure_accuracy(model, model.widths, batches)
 
     def _scored(self) -> dict[str, Any]:
-        """What `_evaluate` gives, every width on BatchNorm statistics of the weights as they are, equal on all ranks."""
+        """What `_evaluate` gives, with BatchNorm statistics of the weights as they are, the same ones on every rank."""
         config = self.config
         if self.evaluated.has_batch_norm:
             with torch.random.fork_rng(devices=[]):
