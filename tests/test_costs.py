@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import slicevit
@@ -29,6 +30,14 @@ def test_deit_small_has_the_papers_macs_and_parameters() -> None:
     assert round(sum(distilled) / 1e6) == 43
 
 
+def test_mobilenet_v2_has_the_published_costs() -> None:
+    """300 M multiply-adds (Sandler et al., CVPR 2018, table 4), and torchvision's parameters."""
+    costs = width_costs(slicevit.create_model("mobilenetv2_100", grid=GRID), "1")
+    with torch.device("meta"):
+        params = sum(parameter.numel() for parameter in torchvision.models.mobilenet_v2().parameters())
+    assert (costs.channels, costs.params, costs.macs // 10**6) == (1280, params, 300)
+
+
 # name, arguments, pixels
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("deit_tiny_patch16_224", {"depth": 2, "img_size": 64}, 64),
@@ -37,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("eva02_tiny_patch14_224", {"depth": 2, "img_size": 56, "num_heads": 3}, 56),
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (3, 6), "img_size": 56}, 56),
     ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 64),
+    ("mobilenetv2_100", {}, 64),
 ]
 
 

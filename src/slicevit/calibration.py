@@ -1,4 +1,4 @@
-"""BatchNorm statistics of every width: averages over images, as in slimmable networks (Yu et al., ICLR 2019).
+"""BatchNorm statistics of every width: averages over images after training (US-Net, Yu and Huang, ICCV 2019).
 
 Legend of axis names: B images of a batch, C channels, H height, W width.
 """

@@ -168,10 +168,11 @@ class TrainConfig:
         self.change()
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is not one of {', '.join(METHODS)}")
-        positive = ("epochs", "batch_size", "lr", "eval_batch_size", "statistics_images", "eval_every", "rewire_images")
-        for name in positive:
+        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every", "rewire_images"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        if self.statistics_images < 2:
+            raise ValueError(f"--statistics-images must be above 1, got {self.statistics_images}")
         for name in (
             "warmup_epochs",
             "full_width_epochs",

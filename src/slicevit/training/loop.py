@@ -162,7 +162,7 @@ class Run(Trainee):
                     self.loader.dataset,
                     self._statistics_transform(),
                     config.statistics_images,
-                    min(BATCH, config.eval_batch_size),
+                    max(2, min(BATCH, config.eval_batch_size)),
                     config.workers,
                     config.max_bad_share,
                     config.seed,
