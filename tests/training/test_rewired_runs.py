@@ -1,4 +1,4 @@
-"""`slicevit train --init … --rewire`: the full width begins where it was, resumes as it is, and bad input is refused."""
+"""`slicevit train --init … --rewire`: the full width begins where it was, resumes as it is; bad input is refused."""
 
 from __future__ import annotations
 
