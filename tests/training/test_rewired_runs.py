@@ -1,4 +1,4 @@
-"""`slicevit train --init … --rewire`: the full width begins where it was, and resumes as it is."""
+"""`slicevit train --init … --rewire`: the full width begins where it was, resumes as it is; bad input is refused."""
 
 from __future__ import annotations
 

@@ -5,5 +5,6 @@ The full network's function stays. Every narrow width, a slice of it, begins nea
 
 from slicevit.rewiring.apply import How, rewire
 from slicevit.rewiring.importance import measure_importance
+from slicevit.rewiring.rotation import fold_norms
 
-__all__ = ["How", "measure_importance", "rewire"]
+__all__ = ["How", "fold_norms", "measure_importance", "rewire"]

@@ -26,8 +26,8 @@ def rewire(model: ElasticModel, importance: Importance, how: How = "permute", im
     """Put what matters first in every group of tied channels; the full width's answers stay, but for rounding.
 
     Args:
-        model: is changed in place. Its grid and isolation say which places each width takes; the trailing block of an
-            isolated width gets important channels too (`slicevit.rewiring.arrange`).
+        model: is changed in place. Its grid and isolation say which places each width takes, the trailing ones of an
+            isolated width too (`slicevit.rewiring.arrange`).
         importance: what `measure_importance` gave for this model; groups that it leaves out stay as they are.
         how: `permute` gives channels another order. `rotate` gives the residual stream and the channels of the heads
             another basis, and hidden units another order; `fold_norms` must have been called before importance was
@@ -49,7 +49,7 @@ def rewire(model: ElasticModel, importance: Importance, how: How = "permute", im
         if how == "rotate":
             fold_norms(model)
         orders = {name: _change(model, name, groups[name], scores, how) for name, scores in importance.items()}
-        problem = probe.difference(groups, orders if how == "permute" else None)
+        problem = probe.difference(orders if how == "permute" else None)
         if problem is not None:
             raise ValueError(
                 f"rewiring does not cover {type(model._full).__name__}: its full width would answer otherwise "
@@ -115,7 +115,7 @@ class _Probe:
             for module, training in modes.items():
                 module.training = training
 
-    def difference(self, groups: dict[str, Group], orders: dict[str, Tensor] | None) -> str | None:
+    def difference(self, orders: dict[str, Tensor] | None) -> str | None:
         """How the answers differ now; the features in their new order, or not compared without `orders`."""
         logits_BK, features_BN = self._answers()
         pairs = [(self.logits_BK, logits_BK)] if self.model._full.num_classes else []

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ def channel_groups(model: ElasticModel) -> dict[str, Group]:
         if heads < 0:
             tied.setdefault(key, []).append(site)
             continue
-        kind: Kind = key.split(".")[0] if key.startswith("stream") else key.rpartition(".")[2]  # type: ignore[assignment]
+        kind = cast(Kind, "stream" if key.startswith("stream.") else key.rpartition(".")[2])
         old = groups.get(key, Group(kind, size, heads, ()))
         if (old.size, old.blocks) != (size, heads):
             raise ValueError(f"{_not_covered(model)}: {site.name} holds {size} channels where others hold {old.size}")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slicevit.elastic import ElasticModel
 from slicevit.rewiring.groups import Group, Site, channel_groups
+from slicevit.rewiring.rotation import rotatable
 
 Importance = dict[str, Tensor]
 
@@ -47,8 +48,6 @@ def measure_importance(
     Returns scores (N,), or (S, M, M) of a group that may be rotated, by the group's name.
     Raises ValueError where `channel_groups` does, and when there is no image or an answer is not finite.
     """
-    from slicevit.rewiring.rotation import rotatable
-
     groups = channel_groups(model)
     turned = {name for name, group in groups.items() if rotate and rotatable(model, name, group)}
     parameters = dict(model.named_parameters())

@@ -38,7 +38,7 @@ def rotatable(model: ElasticModel, name: str, group: Group) -> bool:
 
 
 def check_rotation(model: ElasticModel) -> None:
-    """Raises ValueError when the stream of `model` is not read through LayerNorms alone, and say what to do."""
+    """Raises ValueError when the stream of `model` is not read through LayerNorms alone, saying what is in the way."""
     full: Any = model._full
     problem = None
     if type(full).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
@@ -57,6 +57,8 @@ def check_rotation(model: ElasticModel) -> None:
         for norm, readers in _readers(full):
             if not isinstance(norm, nn.LayerNorm):
                 problem = f"it is normalised by {type(norm).__name__}, not LayerNorm"
+            elif norm.weight is None or norm.bias is None:
+                problem = "its norms have no gain or no bias"
             elif any(reader.bias is None for reader in readers) and bool((norm.bias != 0).any()):
                 problem = "a layer behind a norm has no bias to take the norm's"
     if problem:

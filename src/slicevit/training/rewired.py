@@ -8,8 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from slicevit.elastic import ElasticModel
-from slicevit.rewiring import measure_importance, rewire
-from slicevit.rewiring.rotation import fold_norms
+from slicevit.rewiring import fold_norms, measure_importance, rewire
 from slicevit.training.initial import brings_head
 from slicevit.training.trainee import Trainee
 
@@ -31,18 +30,19 @@ def rewire_run(run: Trainee) -> None:
 def _rewired(run: Trainee) -> dict[str, Tensor]:
     model, how = run.model, run.config.rewire
     assert how != "off"
+    batches = list(_images(run))
     trained_head = run.num_classes > 0 and brings_head(run.config, model)
     try:
         if how == "rotate":
             fold_norms(model)
         importance = measure_importance(
             model,
-            _images(run),
+            batches,
             rotate=how == "rotate",
             outputs=None if trained_head else partial(_features, model),
             seed=run.config.seed,
         )
-        rewire(model, importance, how, next(_images(run))[:2])
+        rewire(model, importance, how, batches[0][:2])
     except ValueError as error:
         raise ValueError(f"--rewire {how}: {error}") from None
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
