@@ -26,7 +26,6 @@ from common_runs import WIDTHS, Job, correct, done, mean_top1, run_all, run_fold
 
 from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.files import write_text
-from slicevit.training.config import TrainConfig
 from slicevit.training.presets import preset
 
 BASE = "ordinary"

@@ -22,7 +22,7 @@ def arrange(scores_RN: Tensor, grid: WidthGrid, isolation: Isolation) -> Tensor:
     """
     order_N = _visits(scores_RN.shape[1], grid, isolation).argsort(descending=True, stable=True)
     places_RN = torch.empty(scores_RN.shape, dtype=torch.long)
-    places_RN[:, order_N] = scores_RN.cpu().argsort(1, descending=True, stable=True)
+    places_RN[:, order_N] = scores_RN.cpu().argsort(stable=True, dim=1, descending=True)
     return places_RN
 
 
