@@ -79,6 +79,9 @@ class SegmentRun(loop.Run):
             pin_memory=self.device.type == "cuda",
         )
 
+    def _image_shape(self) -> tuple[int, int, int]:
+        return (self.recipe.in_chans, *self.recipe.size)
+
     def _evaluate(self) -> dict[str, SegmentationScore]:
         batches = eval_batches(
             self.val_set,
@@ -103,7 +106,7 @@ class SegmentRun(loop.Run):
 
     def _latency(self) -> dict[str, float]:
         model = self.evaluated
-        window_1CHW = torch.zeros(1, self.recipe.in_chans, *self.recipe.size, device=self.device)
+        window_1CHW = torch.zeros(1, *self._image_shape(), device=self.device)
         try:
             with torch.inference_mode():
                 calls = {name: partial(call, window_1CHW) for name, call in predictors(model, model.widths).items()}
