@@ -25,19 +25,23 @@ ALLOWED["export"] = {*CORE, "costs", "checkpoint", "data", "evaluation"}
 ALLOWED["runtime"] = {*CORE, "costs", "checkpoint", "data", "evaluation", "export"}
 ALLOWED["serving"] = {*ALLOWED["runtime"], "runtime"}
 ALLOWED["cli"] = set(ALLOWED) | {"published"}
-ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published"}
+ALLOWED["slicevit"] = set(CORE) | {"checkpoint", "published", "costs"}
 
 # modules that belong to a room of another name
 ROOM_OF = {
     "fusing": "families",
     "architectures": "families",
+    "calibration": "elastic",
     "constructors": "elastic",
     "exactness": "elastic",
     "registry": "elastic",
+    "rewiring": "costs",
     "skeletons": "elastic",
     "subnet": "elastic",
+    "merging": "elastic",
     "compiling": "elastic",
     "model_card": "checkpoint",
+    "saved_statistics": "checkpoint",
     "published": "checkpoint",
     "__main__": "cli",
 }

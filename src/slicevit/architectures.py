@@ -61,6 +61,29 @@ def _blocks_config(config: Any, width: Fraction) -> Any:
     return replace(config, blocks=narrow(config.blocks), stem_chs=stem, num_features=last)
 
 
+def _block_args(given: Callable[[str], Any], width: Fraction) -> dict[str, Any]:
+    """timm's table of convolutional blocks, with the channels of `width` instead of timm's rounded ones."""
+    rounded = given("round_chs_fn")
+
+    def narrow(block: dict[str, Any]) -> dict[str, Any]:
+        sizes = {key: channels(width, rounded(block[key])) for key in ("out_chs", "force_in_chs") if block.get(key)}
+        return block | sizes
+
+    stem = given("stem_size") if given("fix_stem") else rounded(given("stem_size"))
+    return {
+        "block_args": [list(map(narrow, stage)) for stage in given("block_args")],
+        "round_chs_fn": int,
+        "stem_size": channels(width, stem),
+        "fix_stem": True,
+        "num_features": channels(width, given("num_features")),
+    }
+
+
+def _plain_convolutions(model: Any) -> str | None:
+    odd = {type(layer).__name__ for layer in model.modules()} & {"CondConv2d", "MixedConv2d"}
+    return f"its layers of {min(odd)} are split at fixed places" if odd else None
+
+
 def _attention_check(model: Any) -> str | None:
     has = any(type(layer).__name__ in ATTENTION_LAYERS for layer in model.modules())
     return None if has else "a convolutional network: of its class only those with layers of attention are sliceable"
@@ -289,6 +312,11 @@ USUAL = (
         HaloAttn=_HALO,
         LambdaLayer=_LAMBDA,
         SelfAttnBlock=_ATTENTION_BLOCK,
+    ),
+    replace(
+        _usual("EfficientNet", check=_plain_convolutions),
+        table=_block_args,
+        rounded=_ROUNDED | {"InvertedResidual", "EdgeResidual"},  # what an expansion gives, timm rounds
     ),
     _usual("MetaFormer", "ConvNeXt", channels=("dims",)),
     _usual("MambaOut", channels=("dims",), GatedConvBlock=_GATED_CONVOLUTION),

@@ -1,5 +1,7 @@
 """A model's folder: config.json and model.safetensors, which timm loads at full width and slicevit at every width.
 
+BatchNorm statistics of narrow widths lie in statistics.safetensors (see `saved_statistics`).
+
 Nothing but JSON and safetensors is read from a folder or the Hub.
 """
 
@@ -25,6 +27,7 @@ from timm.models._hub import save_config_for_hf
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.files import replacing
 from slicevit.model_card import model_card
+from slicevit.saved_statistics import STATISTICS, read_statistics, write_statistics
 from slicevit.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -82,15 +85,21 @@ def _stage(
         )
         save_weights(model, staged)
         (staged / CARD).write_text(model_card(model, json.loads((staged / CONFIG).read_text()), name), encoding="utf-8")
-        for file in (WEIGHTS, CONFIG, CARD):
-            os.replace(staged / file, folder / file)
+        if not (staged / STATISTICS).exists():
+            (folder / STATISTICS).unlink(missing_ok=True)
+        for file in (*sorted(staged.glob("*.safetensors")), staged / CONFIG, staged / CARD):
+            os.replace(file, folder / file.name)
 
 
 def save_weights(model: ElasticModel, folder: Path) -> None:
-    """Write model.safetensors alone, whole or not at all. Raises ValueError when the disk does not take it."""
+    """Write model.safetensors and the statistics of narrow widths alone, each whole or not at all.
+
+    Raises ValueError when the disk does not take them.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(folder / WEIGHTS) as temporary:
         temporary.write_bytes(serialised(tensors))
+    write_statistics(model, folder / WEIGHTS)
 
 
 def _unchanging(model: ElasticModel) -> dict[str, Any]:
@@ -175,7 +184,21 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{weights} does not hold this model's weights ({reason})") from None
     model.label_names = config.get("label_names")
+    if model.has_batch_norm and (path := _statistics_file(folder_or_id, weights)):
+        read_statistics(model, path, weights)
     return model.eval()
+
+
+def _statistics_file(folder_or_id: str | Path, weights: Path) -> Path | None:
+    """Where the statistics of a saved model lie, if it has some."""
+    path = weights.with_name(STATISTICS)
+    if not Path(folder_or_id).is_dir():
+        try:
+            with _quiet_hub():
+                path = Path(hf_hub_download(str(folder_or_id), STATISTICS))
+        except (HfHubHTTPError, OSError):  # it has none, or these were not downloaded before the network went
+            return None
+    return path if path.exists() else None
 
 
 def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def _intercepted(kind: type[nn.Module], changes: Mapping[str, Any]) -> Iterator[
             original(self, *args, **kwargs)
             return
         named = _named(kind, args, kwargs)
-        given.append(_defaults(kind) | named)
-        original(self, **changed(named, changes))
+        given.append(copy_of(_defaults(kind) | named))
+        original(self, **changed(copy_of(named), changes))
 
     kind.__init__ = construct_changed  # type: ignore[method-assign]
     try:
@@ -78,6 +78,13 @@ def _intercepted(kind: type[nn.Module], changes: Mapping[str, Any]) -> Iterator[
             kind.__init__ = original  # type: ignore[method-assign]
         else:
             del kind.__init__
+
+
+def copy_of(value: Any) -> Any:
+    """A copy of tables and what they hold, which timm's builder of blocks takes apart."""
+    if isinstance(value, dict):
+        return {key: copy_of(part) for key, part in value.items()}
+    return [copy_of(part) for part in value] if isinstance(value, list) else value
 
 
 def _parameters(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:

@@ -7,6 +7,7 @@ stock module (`subnet`); extraction copies them (`to_timm`). The forward code is
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from slicevit import compiling, constructors, skeletons, subnet
 from slicevit.families import AttnScale, Family, Heads, Layout, Scope, family_of
-from slicevit.skeletons import Links, Skeleton
-from slicevit.widths import FULL, Isolation, Width, WidthGrid
+from slicevit.skeletons import Links, Skeleton, Statistics
+from slicevit.widths import FULL, End, Isolation, Width, WidthGrid
 
 UNBUILDABLE = (ValueError, AssertionError, RuntimeError, ArithmeticError)  # of timm's classes at a width
 
@@ -82,6 +83,7 @@ class ElasticModel(nn.Module):
 
     _full: nn.Module
     _given: dict[str, Any]  # what the constructor of the full model got, by name
+    _statistics: dict[tuple[Fraction, End], Statistics]  # of narrow widths, by which channels they take
 
     def __init__(
         self,
@@ -102,6 +104,9 @@ class ElasticModel(nn.Module):
         self._family = family or family_of(model)
         self._replayed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self._checkpointing = False
+        self._statistics = {}
+        self._warned = False
+        self._has_batch_norm = any(True for _ in skeletons.batch_norms(model))
         self._reset_caches()
         self.training = model.training
         self._set_eps(model)
@@ -172,21 +177,23 @@ class ElasticModel(nn.Module):
 
     def _run(self, method: str, width: Width | None, *args: Any, **kwargs: Any) -> Any:
         legal = self.width(width)
+        self._forget_if_trained()
         if legal == FULL:
             call = self._full if method == "forward" else getattr(self._full, method)
             return call(*args, **kwargs)
         skeleton = self.skeleton(legal)
         with skeleton.lock:
-            links = self._fill(skeleton)
+            links = self._fill(skeleton, legal)
             try:
                 return (skeleton.module if method == "forward" else getattr(skeleton.module, method))(*args, **kwargs)
             finally:
                 if not self._checkpointing:  # which runs the blocks again in the backward pass
                     links.empty()
 
-    def _fill(self, skeleton: Skeleton, leaves: bool = False) -> Links:
+    def _fill(self, skeleton: Skeleton, width: Fraction, leaves: bool = False) -> Links:
+        self._warn_if_uncalibrated(width)
         try:
-            links = skeleton.linked(self._full)
+            links = skeleton.linked(self._full, self.statistics(width))
             links.match_modes()
             links.fill(leaves)
         except (AttributeError, KeyError, ValueError) as error:
@@ -205,17 +212,58 @@ class ElasticModel(nn.Module):
         gradient for every width. Hooks on parameters do not see them. Raises ValueError for an illegal width.
         """
         legal = self.width(width)
+        self._forget_if_trained()
         if legal == FULL:
             yield self._full
             return
         skeleton = self.skeleton(legal)
         with skeleton.lock:
-            links = self._fill(skeleton, leaves=True)
+            links = self._fill(skeleton, legal, leaves=True)
             try:
                 yield skeleton.module
                 links.add_gradients()
             finally:
                 links.empty()
+
+    # BatchNorm statistics
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the model has BatchNorms with running statistics, so that every width needs its own."""
+        return self._has_batch_norm
+
+    def statistics(self, width: Width) -> Statistics | None:
+        """The BatchNorm statistics that a narrow `width` has of its own, or None; `slicevit.calibrate` makes them."""
+        legal = self.width(width)
+        return self._statistics.get((legal, self.grid.end(legal, self.settings.isolation)))
+
+    def set_statistics(self, width: Width, statistics: Statistics) -> None:
+        """Let `width` use `statistics` from now on. Raises ValueError at full width, whose are the model's buffers."""
+        legal = self.width(width)
+        if legal == FULL:
+            raise ValueError("the statistics of the full width are the model's own buffers")
+        self._statistics[legal, self.grid.end(legal, self.settings.isolation)] = statistics
+
+    def forget_statistics(self) -> None:
+        """Drop those of every narrow width, because the weights have changed; a pass in train mode does."""
+        self._statistics.clear()
+
+    def is_calibrated(self, width: Width) -> bool:
+        """Whether the BatchNorm statistics that `width` runs on are its own, or it needs none."""
+        return self.statistics(width) is not None or self.width(width) == FULL or not self.has_batch_norm
+
+    def _forget_if_trained(self) -> None:
+        if self._statistics and self.training and any(norm.training for _, norm in skeletons.batch_norms(self._full)):
+            self.forget_statistics()
+
+    def _warn_if_uncalibrated(self, width: Fraction) -> None:
+        if not self._warned and not self.training and not self.is_calibrated(width):
+            self._warned = True
+            warnings.warn(
+                f"width {width} has no BatchNorm statistics of its own and runs on a part of the full width's, which "
+                "do not fit it: slicevit.calibrate(model, batches) gives every width its own",
+                stacklevel=3,
+            )
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every repeated block, once a width, at the first call or training step at that width.
@@ -252,6 +300,7 @@ class ElasticModel(nn.Module):
         returned for the same width.
         """
         legal = self.width(width)
+        self._warn_if_uncalibrated(legal)
         with self._lock:
             if legal not in self._subnets or not self._subnets[legal].fits:
                 self._subnets[legal] = subnet.make_subnet(self, legal)
@@ -267,9 +316,10 @@ class ElasticModel(nn.Module):
     def to_timm(self, width: Width) -> nn.Module:
         """A stock timm module at `width` with a copy of its weights, trainable, in this model's train/eval mode."""
         legal = self.width(width)
+        self._warn_if_uncalibrated(legal)
         skeleton = self._build_skeleton(legal)
         module = skeleton.module
-        for mine, source, key, cut in skeletons.slots(module, self._full, skeleton.plan):
+        for mine, source, key, cut in skeletons.slots(module, self._full, skeleton.plan, self.statistics(legal)):
             copy = cut(source[key].detach()).clone(memory_format=torch.contiguous_format)
             mine[key] = nn.Parameter(copy) if isinstance(source[key], nn.Parameter) else copy
         skeletons.match_modes(module, self._full)
@@ -370,6 +420,8 @@ class ElasticModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticModel:
         super()._apply(fn, recurse)
+        for buffers in (buffers for statistics in self._statistics.values() for buffers in statistics.values()):
+            buffers.update({key: None if buffer is None else fn(buffer) for key, buffer in buffers.items()})
         for skeleton in self._skeletons.values():
             skeletons.match_buffers(skeletons.paired_buffers(skeleton.module, self._full))
         return self

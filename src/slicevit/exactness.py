@@ -65,7 +65,7 @@ def small_model(name: str, seed: int = 0) -> tuple[ElasticModel, Tensor]:
             arguments = constructors.changed(given, depths | classes | size | narrow)
             images = torch.randn(2, own[0], pixels, pixels, generator=torch.Generator().manual_seed(seed))
             try:
-                module = skeletons.build_on_meta(lambda arguments=arguments: kind(**arguments))  # type: ignore[misc]
+                module = skeletons.build_on_meta(lambda arguments=arguments: kind(**constructors.copy_of(arguments)))  # type: ignore[misc]
                 deepcopy(module).to("meta").eval()(images.to("meta"))
             except UNBUILDABLE as error:
                 problem = str(error)
@@ -80,6 +80,8 @@ def small_model(name: str, seed: int = 0) -> tuple[ElasticModel, Tensor]:
                 problem = str(error)
                 break
             fill(model, seed)
+            for width in model.widths[:-1]:
+                model.set_statistics(width, _random_statistics(model.skeleton(width).module, seed))
             return model, images
     raise ValueError(f"{name} has no small model: {problem}")
 
@@ -118,10 +120,22 @@ def fill(module: nn.Module, seed: int = 0) -> None:
                 tensor.abs_().add_(0.5)
 
 
+def _random_statistics(narrow: nn.Module, seed: int) -> skeletons.Statistics:
+    statistics = skeletons.statistics_of(narrow)
+    generator = torch.Generator().manual_seed(seed)
+    for buffers in statistics.values():
+        for key, size in (("running_mean", 0.5), ("running_var", 0.1)):
+            buffers[key] = size * torch.randn(buffers[key].shape, generator=generator)  # type: ignore[union-attr]
+        buffers["running_var"] = buffers["running_var"].abs() + 0.5  # type: ignore[union-attr]
+    return statistics
+
+
 def _stock(model: ElasticModel, changes: dict[str, Any]) -> nn.Module:
     """timm's own model, in eval mode and not initialised."""
     arguments = constructors.changed(model._given, changes)
-    return skeletons.materialise(skeletons.build_on_meta(lambda: type(model._full)(**arguments))).eval()
+    return skeletons.materialise(
+        skeletons.build_on_meta(lambda: type(model._full)(**constructors.copy_of(arguments)))
+    ).eval()
 
 
 def outputs(result: Any) -> list[Tensor]:

@@ -16,7 +16,19 @@ from slicevit.architectures import FAMILIES
 from slicevit.fusing import ATTENTION, AttnScale, Family, Fused, Heads, Layout, Scope
 from slicevit.slicing import Rule
 
-__all__ = ["AttnScale", "Family", "Fused", "Heads", "Layout", "Scope", "family_of", "register_family", "slicing_rules"]
+__all__ = [
+    "AttnScale",
+    "Family",
+    "Fused",
+    "Heads",
+    "Layout",
+    "Scope",
+    "family_of",
+    "owners_of",
+    "register_family",
+    "slicing_rules",
+    "structured_axis",
+]
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -57,23 +69,30 @@ def slicing_rules(
     """
     rules: dict[str, Rule] = {}
     for name in names:
-        owners = list(_owners(full, name))
+        owners = list(owners_of(full, name))
         rounded = any(type(owner).__name__ in family.rounded for owner, _, _ in owners)
         copied = _is_pointwise(owners[0][0])
         if rounded or copied:
             rules[name] = Rule(rounded=rounded, copied=copied)
-        for owner, owner_name, key in owners:
-            fused = _structure(family, owner, key)
-            if fused is not None:
-                rule = _rule(fused, owner, narrow.get_submodule(owner_name), layout, attn_scale)
-                rules[name] = replace(rule, rounded=rounded, copied=copied or fused.copied)
-                break
+        if (found := structured_axis(family, full, name)) is not None:
+            fused, owner, owner_name, _ = found
+            rule = _rule(fused, owner, narrow.get_submodule(owner_name), layout, attn_scale)
+            rules[name] = replace(rule, rounded=rounded, copied=copied or fused.copied)
     if attn_scale == "full" and not any(rule.gain_share for rule in rules.values()):
         raise ValueError(f"attn_scale='full' is not known for {type(full).__name__}: it has no query rows to scale")
     return rules
 
 
-def _owners(model: nn.Module, name: str) -> Iterable[tuple[nn.Module, str, str]]:
+def structured_axis(family: Family, model: nn.Module, name: str) -> tuple[Fused, nn.Module, str, str] | None:
+    """The structured axis of the parameter `name`, the module that says its blocks, its name, the rest of `name`."""
+    for owner, owner_name, key in owners_of(model, name):
+        fused = _structure(family, owner, key)
+        if fused is not None:
+            return fused, owner, owner_name, key
+    return None
+
+
+def owners_of(model: nn.Module, name: str) -> Iterable[tuple[nn.Module, str, str]]:
     """(module, its name, the rest of `name`) of every module that `name` lies in, innermost first."""
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):

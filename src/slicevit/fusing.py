@@ -78,6 +78,7 @@ class Family:
     channels: names of the constructor's arguments, or of fields of its `cfg`, that are channels: numbers, or nested
         tuples of them. They scale besides what `scale` gives.
     config: (the constructor's argument `cfg`, width) -> the narrow one, for a table of blocks.
+    table: (the constructor's arguments by name, width) -> those at that width, for a table of blocks in them.
     rounded: class names of modules inside which timm rounds a scaled axis (squeeze-excite): any smaller size goes.
     """
 
@@ -89,6 +90,7 @@ class Family:
     check: Callable[[nn.Module], str | None] | None = None
     channels: tuple[str, ...] = ()
     config: Callable[[Any, Fraction], Any] | None = None
+    table: Callable[[Callable[[str], Any], Fraction], dict[str, Any]] | None = None
     rounded: frozenset[str] = frozenset()
 
     def arguments(
@@ -105,6 +107,8 @@ class Family:
         arguments = {name: scaled(width, given(name)) for name in self.channels}
         if self.config is not None:
             arguments["cfg"] = self.config(given("cfg"), width)
+        if self.table is not None:
+            arguments |= self.table(given, width)
         if self.scale is not None:
             arguments |= self.scale(model, width)
         if heads == "scaled":

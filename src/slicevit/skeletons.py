@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from slicevit.families import AttnScale, Family, Layout, slicing_rules
-from slicevit.slicing import Cut, Plan, make_plan, same_names
+from slicevit.slicing import Cut, Plan, make_plan, same_names, uncut
 from slicevit.widths import End
 
 Buffers = dict[str, Tensor | None]
+Statistics = dict[str, Buffers]  # the running statistics of every BatchNorm, by its name in the model
 
 
 @dataclass
@@ -32,23 +34,32 @@ class Skeleton:
     lock: Any = field(default_factory=threading.Lock)
     links: Links | None = None
 
-    def linked(self, full: nn.Module) -> Links:
-        """The links to `full`, made again when its submodules were changed."""
-        if self.links is None or not self.links.current():
-            self.links = Links(self.module, full, self.plan)
+    def linked(self, full: nn.Module, statistics: Statistics | None) -> Links:
+        """The links to `full` and `statistics`, made again when its submodules were changed, or these are others."""
+        if self.links is None or self.links.statistics is not statistics or not self.links.current():
+            self.links = Links(self.module, full, self.plan, statistics)
         return self.links
 
 
 class Links:
     """The submodules of a narrow module beside their namesakes in the full one, walked once and kept.
 
+    `statistics` are those of the width, which its BatchNorms read and, in train mode, write. Without them they read
+    the full model's and write nowhere.
+
     Raises ValueError when the two have other submodules, and KeyError when a parameter is gone.
     """
 
-    def __init__(self, module: nn.Module, full: nn.Module, plan: Plan):
+    def __init__(self, module: nn.Module, full: nn.Module, plan: Plan, statistics: Statistics | None = None):
+        self.statistics = statistics
         self.modules = list(zip(module.modules(), full.modules(), strict=True))
         self._children = [(theirs._modules, dict(theirs._modules)) for _, theirs in self.modules if theirs._modules]
-        self._slots = [(*slot, slot[0][slot[2]]) for slot in slots(module, full, plan)]
+        own = {id(buffers) for buffers in (statistics or {}).values()}
+        borrowing = {id(norm._buffers): norm for _, norm in batch_norms(module)}
+        self._slots = [
+            (store, source, key, cut, store[key], None if id(source) in own else borrowing.get(id(store)))
+            for store, source, key, cut in slots(module, full, plan, statistics)
+        ]
         self._keepers = keepers(module)
 
     def current(self) -> bool:
@@ -67,10 +78,12 @@ class Links:
         With `leaves` they end autograd: their gradients stay narrow, for `add_gradients` to take. They are made
         contiguous, because a step multiplies with each three times.
         """
-        for store, source, key, cut, _ in self._slots:
+        for store, source, key, cut, _, borrower in self._slots:
             full = source[key]
             if leaves and isinstance(full, nn.Parameter):
                 store[key] = cut(full.detach()).contiguous().requires_grad_(full.requires_grad)
+            elif borrower is not None and borrower.training:
+                store[key] = cut(full).clone()
             else:
                 store[key] = cut(full)
         renew(self._keepers)
@@ -80,7 +93,7 @@ class Links:
         """Add the gradients of the leaves to those of the full parameters."""
         pairs = [
             pair
-            for store, source, key, cut, _ in self._slots
+            for store, source, key, cut, _, _ in self._slots
             if store[key].grad is not None
             for pair in cut.gradients(source[key], store[key].grad)
         ]
@@ -89,7 +102,7 @@ class Links:
 
     def empty(self) -> None:
         """Put the narrow module's own parameters back, so that it holds on to nothing."""
-        for store, _, key, _, own in self._slots:
+        for store, _, key, _, own, _ in self._slots:
             store[key] = own
 
 
@@ -139,13 +152,39 @@ def materialise(module: nn.Module) -> nn.Module:
     return module
 
 
-def slots(module: nn.Module, full: nn.Module, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, Cut]]:
-    """Where each tensor of `plan` lies: (dictionary in `module`, dictionary in `full`, key in both, cut)."""
+def slots(
+    module: nn.Module, full: nn.Module, plan: Plan, statistics: Statistics | None = None
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, Cut]]:
+    """Where each tensor of `plan` lies: (dictionary in `module`, dictionary in `full`, key in both, cut).
+
+    What `statistics` hold is taken from there, whole.
+    """
     for name, cut in plan.items():
         prefix, _, key = name.rpartition(".")
-        mine, theirs = module.get_submodule(prefix), full.get_submodule(prefix)
+        mine, theirs, own = module.get_submodule(prefix), full.get_submodule(prefix), (statistics or {}).get(prefix, {})
+        if key in own:
+            yield mine._buffers, own, key, uncut(cut.shape)
+            continue
         kind = "_parameters" if key in mine._parameters else "_buffers"
         yield getattr(mine, kind), getattr(theirs, kind), key, cut
+
+
+def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """(name, layer) of every BatchNorm with running statistics."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            yield name, layer
+
+
+def statistics_of(module: nn.Module) -> Statistics:
+    """A copy of the statistics of every BatchNorm in `module`."""
+    keys = ("running_mean", "running_var", "num_batches_tracked")
+    return {
+        name: {
+            key: buffer.detach().clone() for key, buffer in norm._buffers.items() if key in keys and buffer is not None
+        }
+        for name, norm in batch_norms(module)
+    }
 
 
 def keepers(module: nn.Module) -> list[nn.Module]:

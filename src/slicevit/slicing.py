@@ -104,6 +104,11 @@ class Cut:
         return [self.gradient(full, narrow)]
 
 
+def uncut(shape: tuple[int, ...]) -> Cut:
+    """The cut that takes all of a tensor of this shape."""
+    return Cut(shape, shape, (), shape)
+
+
 @dataclass(frozen=True)
 class Joined(Cut):
     """A narrow tensor joined along `axis` from cuts of unequal parts of the full one, one behind the other.

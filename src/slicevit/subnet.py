@@ -85,12 +85,13 @@ class Binding:
         self._keepers = skeletons.keepers(module)
         self._children = [owner._modules for owner in model._full.modules() if owner._modules]
         self._kept = [dict(children) for children in self._children]
+        self._statistics = model.statistics(width)
         self._seen: _Seen | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the full model still consists of the modules that this subnet was made from."""
-        return all(map(eq, self._children, self._kept))
+        """Whether the full model still has the modules and statistics that this subnet was made from."""
+        return self.model.statistics(self.width) is self._statistics and all(map(eq, self._children, self._kept))
 
     def bind(self) -> nn.Module:
         """Fill the module's parameters if that was not done yet (a call refreshes them), and give the module."""
@@ -102,7 +103,7 @@ class Binding:
         """Take over weights that changed since. Raises RuntimeError when the subnet was released."""
         if self._seen is None or not self.fits:
             raise RuntimeError(
-                f"this subnet was released, or a part of the model was replaced since it was made: "
+                f"this subnet was released, or a part of the model or its statistics were replaced since it was made: "
                 f"call subnet('{self.width}') again"
             )
         if not self._seen.is_current():
@@ -166,10 +167,18 @@ def _refresh(subnet: Any) -> None:
     subnet._binding.refresh()
 
 
+def refresh(module: nn.Module) -> None:
+    """Before parts of a subnet are called by themselves: take over weights that changed; of other modules, nothing.
+
+    Raises RuntimeError when the subnet was released.
+    """
+    if isinstance(module, _Bound) and not torch.compiler.is_exporting():
+        _refresh(module)
+
+
 def _refreshing(method: str) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_exporting():
-            _refresh(self)
+        refresh(self)
         return getattr(super(type(self), self), method)(*args, **kwargs)
 
     call.__name__ = method
@@ -180,7 +189,8 @@ def make_subnet(model: ElasticModel, width: Fraction) -> Binding:
     """An unbound subnet of `model` at `width`, in eval mode."""
     skeleton = model._build_skeleton(width)
     module, full = skeleton.module, model._full
-    slots = [_Slot(cut, source, mine, key) for mine, source, key, cut in skeletons.slots(module, full, skeleton.plan)]
+    places = skeletons.slots(module, full, skeleton.plan, model.statistics(width))
+    slots = [_Slot(cut, source, mine, key) for mine, source, key, cut in places]
     stock = type(module)
     methods = {name: _refreshing(name) for name in _METHODS if hasattr(stock, name)}
     module.__class__ = type(stock.__name__, (_Bound, stock), methods)

@@ -106,6 +106,31 @@ def test_weights_are_those_of_the_width_and_memory_adds_the_call(
     assert read_profile(run).rows[0].memory_mb is None
 
 
+def test_energy_is_that_of_an_image_where_the_machine_counts_it(
+    run: Path,
+    clock: Callable[[dict[str, list[float]]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock({width: [1.0] for width in WIDTHS})
+    used = [0.0]
+    real = measured.Engine.run
+
+    def run_and_count(self: Any, images_BCHW: Any, width: Any) -> Any:
+        used[0] += len(images_BCHW) * float(width)
+        return real(self, images_BCHW, width)
+
+    monkeypatch.setattr(measured.Engine, "run", run_and_count)
+    monkeypatch.setattr(measured, "joules", lambda device: lambda: used[0])
+    cli.main(["profile", str(run), "--batch", "1,4", "--seconds", "0.01"])
+    assert "mJ/image" in capsys.readouterr().out
+    for row in read_profile(run).rows:
+        assert row.energy_j == pytest.approx(float(row.width))
+    assert [str(row.width) for row in read_profile(run).within(max_energy=0.6).rows] == ["1/4", "1/2"]
+    monkeypatch.setattr(measured, "joules", lambda device: lambda: 5.0)  # a counter that stands still
+    assert profile_run(run, batch=(1,), seconds=0.01)["rows"][0]["energy_j"] is None
+
+
 def test_median_percentile_and_what_is_beaten(run: Path, clock: Callable[[dict[str, list[float]]], None]) -> None:
     times = [float(k) for k in range(1, 102)]  # median 51, 99th percentile 100
     clock({"1/4": times, "1/2": [60.0], "3/4": [61.0], "1": [62.0]})

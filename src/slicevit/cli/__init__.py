@@ -13,6 +13,7 @@ from slicevit.cli.options import speaks
 COMMANDS = {
     "train": "train a model that is every narrower one too",
     "eval": "accuracy, costs and latency at every width of a run",
+    "calibrate": "BatchNorm statistics of every width, from training images",
     "probe": "what the features of every width are worth on another data set",
     "segment": "train a segmenter that is every narrower one too, on images with masks",
     "report": "several runs on one picture and page",
@@ -27,7 +28,7 @@ _MODULES = {"eval": "evaluate", "import": "import_"}  # where it is not the comm
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
     return f"usage: slicevit COMMAND [options]\n\n{lines}\n\nslicevit COMMAND --help says more.\n"
 
 

@@ -77,7 +77,9 @@ def profile_table(profile: dict[str, Any], title: str) -> Table:
     title = f"{title}: {profile['engine']} on {profile['device']}, {profile['precision']}; median (99th percentile)"
     table = Table(title=Text(title), title_justify="left")
     table.add_column("Width", no_wrap=True)
-    for heading in ("Top-1\n%", *(f"Batch {size}\nms" for size in sizes), "Memory\nMB"):
+    with_energy = any(row["energy_j"] is not None for row in profile["rows"])
+    energy = ("Energy\nmJ/image",) if with_energy else ()
+    for heading in ("Top-1\n%", *(f"Batch {size}\nms" for size in sizes), "Memory\nMB", *energy):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("Beaten\nby", no_wrap=True)
     for row in profile["rows"]:
@@ -85,8 +87,15 @@ def profile_table(profile: dict[str, Any], title: str) -> Table:
             row["width"],
             f"{row['top1']:.2f}",
             *(f"{short(row['latency_ms'][size])} ({short(row['p99_ms'][size])})" for size in sizes),
-            "–" if row["memory_mb"] is None else short(row["memory_mb"]),
+            _known(row["memory_mb"]),
+            *([_known(row["energy_j"] and 1000 * row["energy_j"])] if with_energy else []),
             row["beaten_by"] or "",
             style="dim" if row["beaten_by"] else None,
         )
     return table
+
+
+def _known(value: float | None) -> str:
+    from slicevit.evaluation.results import short
+
+    return "–" if value is None else short(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
+    arguments = _rewire_alone(arguments)
     model_args, arguments = take_model_args(arguments)
     if name is None:
         name = "own-data" if gives(arguments, "--data") or gives(arguments, "--model") else "fashion"
@@ -46,7 +48,7 @@ def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     own = {} if gives(arguments, "--model") else default.model_args  # a preset's arguments are its model's
     default = replace(default, model_args=own | (model_args or {}))
     init, _ = take_option(arguments, "--init")
-    if init not in (None, "scratch", "pretrained"):
+    if init not in (None, "scratch", "pretrained") and not Path(init).is_file():
         default = with_slicing_of(default, init, own_method=gives(arguments, "--method"))
     description = (
         "Train one network whose width can be cut at run time. Further flags: --preset "
@@ -54,6 +56,14 @@ def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     )
     config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return parse(TrainConfig, arguments, "train", default=default, description=description, config=config)
+
+
+def _rewire_alone(arguments: list[str]) -> list[str]:
+    """`--rewire` without a value is `--rewire permute`."""
+    full = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        full += [argument, "permute"] if argument == "--rewire" and following.startswith("--") else [argument]
+    return full
 
 
 def _new_folder(config: TrainConfig) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
+from .clips import clip_source, open_clips
 from .folders import open_labelled, open_unlabelled
 from .image_set import IMAGE_MODES, ImageSet, UnreadableImageError
 from .subset import of_classes, take_classes
@@ -39,7 +40,7 @@ _TIMM_NEEDS = {
     "wds": ("webdataset", "webdataset"),
 }
 _STREAMED = ("hfids", "tfds", "wds")
-_SPECS = f"'{BUNDLED}', a folder that holds train/ and val/, or a timm string (hfds/…, wds/…, torch/…)"
+_SPECS = f"'{BUNDLED}', a folder that holds train/ and val/, a timm string (hfds/…, wds/…, torch/…) or clips:FOLDER"
 
 
 class _BundledSet(ImageSet):
@@ -157,7 +158,9 @@ def open_dataset(
             - a timm data set string: "hfds/…", "torch/…", "wds/…", "tfds/…" or "hfids/…". What follows a "?"
               goes to timm's reader ("hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label",
               "torch/cifar10?download=1"), except `train=` and `val=`, which name the source's own splits
-              ("wds/shards?train=train-{000..009}.tar|10000&val=val-000.tar|1000").
+              ("wds/shards?train=train-{000..009}.tar|10000&val=val-000.tar|1000");
+            - "clips:FOLDER" or "ucf101:FOLDER": video clips, as the frames that stand for them (see
+              `slicevit.data.clips.open_clips`).
             "?classes=" after any but a stream (or "&classes=" after other keys) takes some classes alone, numbered
             anew in the order given: names, and slices of their numbers ("fashion-mnist?classes=0:5,Bag").
         split: "train" or "val".
@@ -196,6 +199,8 @@ def _open_whole(spec: str, split: str, root: str | None, in_chans: int, labels: 
         return _TorchvisionSet(spec, split, in_chans, _create_timm(spec, split, root))
     if prefix == "hfds":
         return _ReaderSet(spec, split, in_chans, _create_timm(spec, split, root).reader)
+    if clip_source(spec):
+        return open_clips(spec, split, in_chans)
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         raise ValueError(f"--data {spec}: no such folder or data set; give {_SPECS}.")

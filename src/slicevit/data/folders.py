@@ -47,15 +47,18 @@ class FolderSet(ImageSet):
         return self._targets_N
 
 
-def open_labelled(spec: str, split: str, in_chans: int, folder: Path) -> FolderSet:
-    """The images of `split` in class folders, which may hold them at any depth.
+def open_labelled(
+    spec: str, split: str, in_chans: int, folder: Path, endings: tuple[str, ...] | None = None
+) -> FolderSet:
+    """The images of `split` in class folders, which may hold them at any depth; `endings` are timm's by default.
 
     Raises ValueError when a folder is missing, there are no images, or train and val have different classes.
     """
     train_folder = _split_folder(spec, folder, "train")
     classes = _class_folders(spec, train_folder)
+    endings = endings or get_img_extensions()
     if split == "train":
-        return _labelled(spec, split, in_chans, train_folder, classes)
+        return _labelled(spec, split, in_chans, train_folder, classes, endings)
     val_folder = _split_folder(spec, folder, "val")
     val_classes = _class_folders(spec, val_folder)
     if val_classes != classes:
@@ -65,7 +68,7 @@ def open_labelled(spec: str, split: str, in_chans: int, folder: Path) -> FolderS
             f"only in val: {_some(set(val_classes) - set(classes))}. "
             "Rename, add or remove folders until they match."
         )
-    return _labelled(spec, split, in_chans, val_folder, classes)
+    return _labelled(spec, split, in_chans, val_folder, classes, endings)
 
 
 def open_unlabelled(spec: str, split: str, in_chans: int, folder: Path) -> FolderSet:
@@ -97,13 +100,15 @@ def _below(folder: Path) -> list[str]:
     return [os.path.join(folder, path) for path in image_paths(folder, get_img_extensions())]
 
 
-def _labelled(spec: str, split: str, in_chans: int, folder: Path, classes: list[str]) -> FolderSet:
+def _labelled(
+    spec: str, split: str, in_chans: int, folder: Path, classes: list[str], endings: tuple[str, ...]
+) -> FolderSet:
     class_to_index = {name: index for index, name in enumerate(classes)}
-    files = make_dataset(folder, class_to_index, extensions=get_img_extensions(), allow_empty=True)
+    files = make_dataset(folder, class_to_index, extensions=endings, allow_empty=True)
     if not files:
         raise ValueError(
             f"--data {spec}: no images in the class folders of {folder}: "
-            f"put files ending in {', '.join(get_img_extensions())} there."
+            f"put files ending in {', '.join(endings)} there."
         )
     return FolderSet(spec, split, in_chans, files, classes)
 

@@ -24,7 +24,10 @@ class ImageSet(ABC):
         classes: the name of each class, by class index; None when the source does not name them.
         num_classes: how many classes there are; 0 for images without classes, which all have class index 0.
         in_chans: channels of the images.
+        frames: how many images, one after another, are one thing, such as the frames of a clip; 1 for images.
     """
+
+    frames = 1
 
     def __init__(self, spec: str, split: str, in_chans: int, classes: list[str] | None, num_classes: int):
         self.spec = spec

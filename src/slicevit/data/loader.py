@@ -187,7 +187,7 @@ class _BadImages:
                 "Restore or delete these files, or raise --max-bad-share."
             )
         if new:
-            _logger.warning("unreadable, %s: %s", self._fate, "; ".join(new.values()))
+            _logger.warning("unreadable, %s: %s", self._fate, "; ".join(dict.fromkeys(new.values())))
 
 
 class _TrainBatches(Dataset):

@@ -23,6 +23,7 @@ class Subset(ImageSet):
         kept = list(range(source.num_classes)) if numbers is None else numbers
         classes = [source.classes[number] for number in kept] if source.classes else None
         super().__init__(spec or source.spec, source.split, source.in_chans, classes, len(kept))
+        self.frames = source.frames
         self._source, self._indices_M = source, indices_M
         self._numbers = None if numbers is None else {number: new for new, number in enumerate(numbers)}
 

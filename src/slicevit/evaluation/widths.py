@@ -15,6 +15,7 @@ from slicevit.elastic import ElasticModel
 from slicevit.evaluation.accuracy import Accuracy, Predictor, evaluate
 from slicevit.evaluation.latency import measure_latency
 from slicevit.evaluation.results import WidthResult
+from slicevit.widths import FULL, WidthGrid, parse_fraction
 
 
 def predictors(model: ElasticModel, widths: Iterable[Fraction]) -> dict[str, Predictor]:
@@ -83,3 +84,30 @@ def result_rows(
             )
         )
     return sorted(rows, key=lambda row: Fraction(row.width))
+
+
+def asked_width(model: ElasticModel, text: str) -> Fraction:
+    """The width that `text` names, which the grid need not hold. Raises ValueError when it cannot be cut."""
+    grid = model.grid
+    try:
+        asked = parse_fraction(text)
+        if asked in grid or not grid.smallest < asked < FULL:
+            return model.width(asked)
+    except ValueError as error:
+        raise ValueError(f"--width {text}: {error}") from None
+    step = _common_step(asked - grid.smallest, FULL - grid.smallest)
+    try:
+        model.set_grid(WidthGrid(grid.smallest, FULL, step))
+    except ValueError:
+        legal = ", ".join(map(str, grid))
+        raise ValueError(
+            f"--width {text} is no width that this model can be cut to; trained widths are {legal}"
+        ) from None
+    return model.width(asked)
+
+
+def _common_step(a: Fraction, b: Fraction) -> Fraction:
+    """The largest fraction of which both are whole multiples."""
+    while b:
+        a, b = b, a % b
+    return a

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from slicevit.calibration import require_statistics
 from slicevit.checkpoint import from_pretrained, read_config
 from slicevit.data import TransformConfig, eval_config
 from slicevit.elastic import ElasticModel
@@ -159,6 +160,7 @@ def _source(cut: Cut, model: ElasticModel, config: dict[str, Any], transform: Tr
         width, name = model.width(cut.width), str(parse_fraction(cut.name))
     except ValueError as error:
         raise ValueError(f"--width {cut.name}: {error}") from None
+    require_statistics(model, cut.run, [width])
     return _Source(cut, model, config, transform, width, name)
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slicevit.calibration import require_statistics
 from slicevit.checkpoint import from_pretrained, read_config
 from slicevit.data import eval_config, eval_transform
 from slicevit.export.artefact import fitted
@@ -85,6 +86,7 @@ class Engine:
             )
         config, _ = read_config(run)
         model = from_pretrained(run)
+        require_statistics(model, run)
         transform = fitted(eval_config(config), model)
         self.name, self.device, self.precision = engine, settings.device, settings.precision
         self.threads, self.packages = threads, _BACKENDS[engine].packages

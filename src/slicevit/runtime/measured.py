@@ -23,6 +23,7 @@ from slicevit.evaluation.latency import time_in_turns
 from slicevit.evaluation.results import read_results
 from slicevit.files import write_text
 from slicevit.runtime.backends import Precision
+from slicevit.runtime.energy import joules, joules_of
 from slicevit.runtime.engine import Engine
 from slicevit.runtime.peak import peak_growth
 from slicevit.runtime.profile import Profile
@@ -62,8 +63,9 @@ def profile_run(
     percentile (`p99_ms`) of `calls` calls of `Engine.run` at every batch size; `weights_mb`, the bytes of its weights
     as the engine holds them; `call_mb`, the most by which the first call at the largest batch size raised the memory
     in use (the process's resident set, or CUDA's allocated memory; None where the system does not tell); `memory_mb`,
-    both together; `beaten_by`, a width that is at least as accurate and as fast at every batch size, and better in
-    one of these.
+    both together; `energy_j`, the joules of an image in calls of the largest batch size, by the machine's own counters
+    (see `energy.joules`; None without them); `beaten_by`, a width that is at least as accurate and as fast at every
+    batch size, and better in one of these.
 
     An earlier profile of the same engine, device and precision is replaced at the end, in one step. Raises ValueError
     when the run has no accuracy of a width, or for what `Engine` refuses.
@@ -91,7 +93,8 @@ def measure_run(
         top1 = _accuracies(run, ready.widths)
         call_mb = _memory(ready, max(sizes), progress)
         timings = {size: _timings(ready, size, seconds, progress) for size in sizes}
-        rows = [_row(ready, width, top1[width], timings, call_mb[width]) for width in ready.widths]
+        energy_j = _energy(ready, max(sizes), seconds, progress)
+        rows = [_row(ready, width, top1[width], timings, call_mb[width], energy_j[width]) for width in ready.widths]
         profile = _profile(rows, "latency_ms")
         for row, measured in zip(rows, profile.rows, strict=True):
             better = profile.better_than(measured)
@@ -146,7 +149,8 @@ def read_table(run: str | Path, engine: str, device: str, precision: str = "floa
 
 def _profile(rows: Sequence[dict[str, Any]], latency: str) -> Profile:
     return Profile.parse(
-        {"width": row["width"], "top1": row["top1"], "latency_ms": row[latency], "memory_mb": row["memory_mb"]}
+        {name: row.get(name) for name in ("memory_mb", "energy_j")}
+        | {"width": row["width"], "top1": row["top1"], "latency_ms": row[latency]}
         for row in rows
     )
 
@@ -189,8 +193,26 @@ def _timings(engine: Engine, batch: int, seconds: float, progress: Progress) -> 
     return time_in_turns(calls, seconds, progress=partial(progress, f"batch {batch} is timed"))
 
 
+def _energy(engine: Engine, batch: int, seconds: float, progress: Progress) -> dict[Fraction, float | None]:
+    """Joules of an image at every width; of a counter that did not move in so many seconds None."""
+    counter = joules(engine.device)
+    if counter is None:
+        return dict.fromkeys(engine.widths)
+    images_BCHW = torch.zeros(batch, *engine.input_size)
+    found: dict[Fraction, float | None] = {}
+    for index, width in enumerate(engine.widths):
+        progress(f"energy of width {width}", index / len(engine.widths))
+        found[width] = joules_of(partial(engine.run, images_BCHW, width), counter, seconds) / batch or None
+    return found
+
+
 def _row(
-    engine: Engine, width: Fraction, top1: float, timings: dict[int, dict[str, list[float]]], call_mb: float | None
+    engine: Engine,
+    width: Fraction,
+    top1: float,
+    timings: dict[int, dict[str, list[float]]],
+    call_mb: float | None,
+    energy_j: float | None,
 ) -> dict[str, Any]:
     times = {str(size): of_widths[str(width)] for size, of_widths in timings.items()}
     weights_mb = engine.held[width] / 1e6
@@ -203,6 +225,7 @@ def _row(
         "weights_mb": weights_mb,
         "call_mb": call_mb,
         "memory_mb": None if call_mb is None else weights_mb + call_mb,
+        "energy_j": energy_j,
     }
 
 

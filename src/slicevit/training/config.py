@@ -31,7 +31,13 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model, as key=value pairs: embed_dim=96 depth=6."""
     init: str = "scratch"
-    """scratch, pretrained (timm's weights), or a folder that slicevit saved; its grid and slicing are the defaults."""
+    """scratch, pretrained (timm's weights), a file of the model's weights, or a folder that slicevit saved, whose grid
+    and slicing are the defaults."""
+    rewire: Literal["off", "permute", "rotate"] = "off"
+    """Put what matters of the weights that the run begins with first: channels in another order (permute; --rewire
+    alone says so), or the residual stream and the heads in another basis too (rotate)."""
+    rewire_images: int = 256
+    """Training images that importance is measured on."""
     grid: str = "1/4:1:1/16"
     """Legal widths, smallest:largest:step."""
     grid_change: str | None = None
@@ -138,6 +144,8 @@ class TrainConfig:
 
     eval_batch_size: int = 500
     """Images a step of evaluation."""
+    statistics_images: int = 2048
+    """Training images that BatchNorm statistics of every width are taken from, before each evaluation."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_steps: int = 0
@@ -160,7 +168,8 @@ class TrainConfig:
         self.change()
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is not one of {', '.join(METHODS)}")
-        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every"):
+        positive = ("epochs", "batch_size", "lr", "eval_batch_size", "statistics_images", "eval_every", "rewire_images")
+        for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         for name in (
@@ -181,6 +190,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
         self._check_teacher()
+        self._check_rewire()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
 
@@ -203,6 +213,18 @@ class TrainConfig:
             raise ValueError(f"--mask-share must lie between 0 and 1, got {self.mask_share}")
         if self.teacher_size is not None and self.teacher_size < 1:
             raise ValueError(f"--teacher-size must be above 0, got {self.teacher_size}")
+
+    def _check_rewire(self) -> None:
+        if self.rewire not in ("off", "permute", "rotate"):
+            raise ValueError(f"--rewire {self.rewire} is unknown: give permute or rotate")
+        if self.rewire == "off":
+            return
+        if self.init == "scratch":
+            raise ValueError("--rewire needs trained weights: give --init pretrained, a run's folder or a file")
+        if self.method == "separate":
+            raise ValueError("--rewire is for a model that is sliced: --method separate trains each width alone")
+        if self.layout != "per_head" or self.heads != "fixed":
+            raise ValueError(f"--rewire goes with --layout per_head and --heads fixed, not {self.layout}, {self.heads}")
 
     @property
     def learns_labels(self) -> bool:

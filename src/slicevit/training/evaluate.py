@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from slicevit.calibration import require_statistics
 from slicevit.checkpoint import from_pretrained, read_config
 from slicevit.data import eval_batches, eval_config, eval_transform, open_dataset
-from slicevit.elastic import ElasticModel
 from slicevit.evaluation.results import WidthResult, write_results
-from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
+from slicevit.evaluation.widths import asked_width, measure_accuracy, measure_widths_latency, result_rows
 from slicevit.model_card import show_results
 from slicevit.training.loop import LATENCY_SECONDS
 from slicevit.training.methods import is_separate, part_folder
 from slicevit.training.ranks import pick_device
 from slicevit.training.runs import read_train_config
-from slicevit.widths import FULL, WidthGrid, parse_fraction
+from slicevit.widths import WidthGrid, parse_fraction
 
 
 def evaluate_run(
@@ -81,7 +80,8 @@ def _rows(
     trained = set(model.widths)
     widths = list(model.widths)
     if width is not None:
-        widths = [_asked_width(model, width)]
+        widths = [asked_width(model, width)]
+    require_statistics(model, run, None if width is None else widths)
     spec = data or training.get("data")
     if spec is None:
         raise ValueError(f"{run} does not say which data it was trained on: name one with --data")
@@ -94,30 +94,3 @@ def _rows(
     scores = measure_accuracy(model, widths, batches)
     latency = measure_widths_latency(model, widths, LATENCY_SECONDS)
     return result_rows(model, scores, latency, transform, training.get("method", "imported"), trained)
-
-
-def _asked_width(model: ElasticModel, text: str) -> Fraction:
-    """The width that `text` names, which the grid need not hold. Raises ValueError when it cannot be cut."""
-    grid = model.grid
-    try:
-        asked = parse_fraction(text)
-        if asked in grid or not grid.smallest < asked < FULL:
-            return model.width(asked)
-    except ValueError as error:
-        raise ValueError(f"--width {text}: {error}") from None
-    step = _common_step(asked - grid.smallest, FULL - grid.smallest)
-    try:
-        model.set_grid(WidthGrid(grid.smallest, FULL, step))
-    except ValueError:
-        legal = ", ".join(map(str, grid))
-        raise ValueError(
-            f"--width {text} is no width that this model can be cut to; trained widths are {legal}"
-        ) from None
-    return model.width(asked)
-
-
-def _common_step(a: Fraction, b: Fraction) -> Fraction:
-    """The largest fraction of which both are whole multiples."""
-    while b:
-        a, b = b, a % b
-    return a

@@ -1,10 +1,15 @@
-"""What a run begins with, where `init` names a saved model."""
+"""What a run begins with, where `init` names a saved model or a file of weights."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+
+from timm.models import load_state_dict
+from torch import Tensor
 
 from slicevit.checkpoint import read_config
+from slicevit.elastic import ElasticModel
 from slicevit.training.config import TrainConfig
 from slicevit.widths import WidthGrid
 
@@ -33,7 +38,51 @@ def image_channels(config: TrainConfig) -> int:
 
     Raises ValueError when `init` names no saved model.
     """
-    if config.init in ("scratch", "pretrained"):
+    if config.init in ("scratch", "pretrained") or Path(config.init).is_file():
         return int(config.model_args.get("in_chans", 3))
     saved, _ = read_config(config.init)
     return int(saved.get("pretrained_cfg", {}).get("input_size", (3,))[0])
+
+
+def load_weights(model: ElasticModel, file: Path) -> None:
+    """Fill `model` from a file of timm's weights (safetensors, or a torch file with the weights under `state_dict`,
+    `model` or alone); a head of another number of classes stays new.
+
+    Raises ValueError naming --init when the file is no such thing or holds another model's weights.
+    """
+    weights, own = _read(file), model.state_dict()
+    for name in _head_names(model) & weights.keys():
+        if weights[name].shape != own[name].shape:
+            weights[name] = own[name]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--init {file} holds the weights of another model than --model ({reason})") from None
+
+
+def brings_head(config: TrainConfig, model: ElasticModel) -> bool:
+    """Whether what `init` names had a classifier for as many classes as `model` has."""
+    if config.init == "scratch":
+        return False
+    if config.init == "pretrained":
+        return bool(model.pretrained_cfg.get("num_classes") == model.num_classes)
+    if Path(config.init).is_file():
+        weights, own = _read(Path(config.init)), model.state_dict()
+        return all(name in weights and weights[name].shape == own[name].shape for name in _head_names(model))
+    return bool(read_config(config.init)[0].get("num_classes") == model.num_classes)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_state_dict(str(file), use_ema=False, weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors raise many kinds for a broken or unsafe file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--init {file} is no file of weights ({reason})") from None
+
+
+def _head_names(model: ElasticModel) -> set[str]:
+    """The parameters of the classifier, of which a distilled model has two."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    heads = (names,) if isinstance(names, str) else names
+    return {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")} & model.state_dict().keys()

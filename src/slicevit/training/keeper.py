@@ -15,6 +15,7 @@ from slicevit.evaluation.results import MetricsLog
 from slicevit.training import setup
 from slicevit.training.monitor import merge_losses
 from slicevit.training.ranks import RankLost, is_connection, shared
+from slicevit.training.rewired import rewire_run
 from slicevit.training.state import claim, load_checkpoint, save_checkpoint
 from slicevit.training.trainee import Trainee
 from slicevit.version import versions
@@ -46,6 +47,8 @@ class Keeper:
             changed = state is None or run.restore(state)
         except ValueError as error:
             raise ValueError(f"--resume {self.folder}: {error}") from None
+        if state is None and run.config.rewire != "off":
+            rewire_run(run)
         if changed:
             main(self.describe)
         if state is not None and (others := _other_versions(state)):

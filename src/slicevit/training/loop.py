@@ -9,11 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from slicevit import checkpoint
-from slicevit.data import eval_batches, eval_transform
+from slicevit.calibration import calibrate
+from slicevit.data import Transform, eval_batches, eval_transform
+from slicevit.data.transforms import PairTransform
+from slicevit.evaluation.calibrating import BATCH, training_batches
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.config import TrainConfig
 from slicevit.training.fits import fit_rows
@@ -113,7 +117,7 @@ class Run(Trainee):
         self.keeper.save()
         if not self.ranks.from_main(lambda: any(row["epoch"] == epoch for row in self.keeper.metrics.rows)):
             last = self.step >= self.total_steps
-            self._scores = self._evaluate() if last or (epoch + 1) % self.config.eval_every == 0 else {}
+            self._scores = self._scored() if last or (epoch + 1) % self.config.eval_every == 0 else {}
             means = mean_losses(merge_losses(self.ranks.gather(self.monitor.state_dict())))
             self.ranks.from_main(lambda: self._record(epoch, means, progress))
         self.monitor.reset()
@@ -148,9 +152,30 @@ class Run(Trainee):
             return self.distiller.evaluate(model, model.widths, batches, self.ranks)
         return measure_accuracy(model, model.widths, batches)
 
+    def _scored(self) -> dict[str, Any]:
+        """What `_evaluate` gives, with BatchNorm statistics of the weights as they are, the same ones on every rank."""
+        config = self.config
+        if self.evaluated.has_batch_norm:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                images = training_batches(
+                    self.loader.dataset,
+                    self._statistics_transform(),
+                    config.statistics_images,
+                    min(BATCH, config.eval_batch_size),
+                    config.workers,
+                    config.max_bad_share,
+                    config.seed,
+                )
+                calibrate(self.evaluated, images)
+        return self._evaluate()
+
+    def _statistics_transform(self) -> Transform | PairTransform:
+        return eval_transform(self.transform)
+
     def _finish(self) -> Sequence[Any]:
         model = self.evaluated.eval()
-        scores: dict[str, Any] = self._scores or self._evaluate()
+        scores: dict[str, Any] = self._scores or self._scored()
         latency = self.ranks.from_main(lambda: measure_widths_latency(model, model.widths, LATENCY_SECONDS))
         if self.distiller is not None:
             return fit_rows(model, scores, latency, self.transform, self.config.method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from slicevit.data import ImageSet, StreamSet, TrainLoader, TransformConfig, ope
 from slicevit.data.memory import MemoryLoader
 from slicevit.elastic import ElasticModel, create_model
 from slicevit.training.config import TrainConfig
+from slicevit.training.initial import load_weights
 from slicevit.training.ranks import Ranks, lost_ranks
 
 
@@ -32,7 +34,8 @@ def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
     args = dict(config.model_args) | {"num_classes": num_classes}
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
-    if config.init in ("scratch", "pretrained"):
+    file = Path(config.init)
+    if config.init in ("scratch", "pretrained") or file.is_file():
         pretrained = config.init == "pretrained"
         try:
             model = create_model(config.model, config.grid, pretrained, **config.slice_settings(), **args)
@@ -45,6 +48,8 @@ def build_model(config: TrainConfig, num_classes: int) -> ElasticModel:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"--init pretrained: the weights of {config.model} cannot be had ({reason})") from None
+        if file.is_file():
+            load_weights(model, file)
     else:
         rates = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         model = from_pretrained(config.init, grid=config.grid, **config.slice_settings(), **rates)

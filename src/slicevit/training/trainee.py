@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
@@ -139,6 +140,7 @@ class Trainee:
             self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model, self.step)
+            self.ema.module.forget_statistics()
         if self.distiller is not None:
             self.distiller.update_average(self.step)
         self.monitor.add(self.step, losses)
@@ -245,7 +247,8 @@ class Trainee:
         if self._last_images is None:
             return True
         self.model.eval()
-        with self._autocast(), torch.compiler.set_stance("force_eager"):
+        with warnings.catch_warnings(), self._autocast(), torch.compiler.set_stance("force_eager"):
+            warnings.simplefilter("ignore")  # of statistics that do not fit yet
             answers = [self.model(self._last_images, width=width) for width in (self.model.widths[0], FULL)]
         self.model.train()
         return all(bool(answer.isfinite().all()) for answer in answers)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from segmenting import WIDTHS, saved_backbone
+from segmenting import FLAGS, WIDTHS, saved_backbone
 
 from slicevit import cli
 from slicevit.tasks.segment.initial import load_segmenter, modules_of
@@ -56,6 +56,28 @@ def test_one_network_for_all_widths(segment: Segment, tmp_path: Path, capsys: py
     assert [row["miou"] for row in measured[-4:]] == [row["miou"] for row in rows]
     assert measured[0]["miou"] == ""
     assert measured[0]["train_loss"] != ""
+
+
+def test_a_backbone_with_batch_norm_has_statistics_of_every_width(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made anew of the same weights they are the same ones, and they come back with the saved segmenter."""
+    hybrid = ("--model", "swiftformer_xs", "--model-args", "layers=(1,1,1,1)", "embed_dims=(16,32,48,64)")
+    short = ("--epochs", "1", "--size", "64", "64", "--drop-path", "0")
+    monkeypatch.setattr("slicevit.training.loop.LATENCY_SECONDS", 0.01)
+    flags = ("--data", str(data), "--out", str(tmp_path / "run"), *hybrid, *FLAGS[FLAGS.index("--grid") :], *short)
+    cli.main(["segment", *flags])
+    model, recipe = load_segmenter(tmp_path / "run")
+    assert all(model.is_calibrated(width) for width in WIDTHS)
+    narrow = model.statistics("1/2")
+    assert narrow is not None
+    name = "backbone.stem.4"
+    full = dict(model.named_buffers())[f"{name}.running_mean"]
+    assert not torch.allclose(narrow[name]["running_mean"], full[: len(narrow[name]["running_mean"])], atol=1e-3)  # type: ignore[arg-type]
+    shown = modules_of(tmp_path / "run")
+    window_1CHW = torch.randn(1, 3, *recipe.size, generator=torch.Generator().manual_seed(0))
+    for width, (module, _) in shown.items():
+        assert torch.equal(module(window_1CHW), model(window_1CHW, width=width))
 
 
 def test_each_width_cut_out_and_trained_alone(segment: Segment, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Features of every width in one pass over the images.
+"""Features of every width in one pass over the images; of a clip, the mean over its frames.
 
 Legend of axis names: B images of a batch, C channels, H height, W width, N images of a split, D channels at a width.
 """
@@ -27,6 +27,7 @@ class _Numbered(ImageSet):
 
     def __init__(self, source: ImageSet, start: int):
         super().__init__(source.spec, source.split, source.in_chans, source.classes, source.num_classes)
+        self.frames = source.frames
         self._source, self._start = source, start
 
     def __len__(self) -> int:
@@ -85,7 +86,8 @@ def extract(
 
     Raises Stopped when asked to, and ValueError when too many images are unreadable; what was extracted is kept.
     """
-    split, total = dataset.split, len(dataset)
+    split, total, frames = dataset.split, len(dataset), dataset.frames
+    batch_size = max(1, batch_size // frames) * frames
     start, what = cache.done(split), f"features, {split}"
     waiting: list[tuple[int, Features]] = []  # with the number of images done after each
     since = time.monotonic()
@@ -103,9 +105,9 @@ def extract(
             by_width = {name: pooled(module, images_BCHW).cpu() for name, module in modules.items()}
             whole_batches = (int(packed_B[-1]) // dataset.num_classes - start) // batch_size + 1
             done = min(total, start + whole_batches * batch_size)
-            waiting.append((done, Features(by_width, packed_B % dataset.num_classes)))
+            waiting.append((done, _of_clips(by_width, packed_B, dataset)))
             read = cache.read(split) + sum(len(features.targets_N) for _, features in waiting)
-            _check_readable(dataset, done - read, max_bad_share)
+            _check_readable(dataset, done // frames - read, max_bad_share)
             driver.step(what, done, total)
             if done - cache.done(split) >= _PART_IMAGES or time.monotonic() - since >= _PART_SECONDS:
                 keep(done)
@@ -114,8 +116,24 @@ def extract(
         keep(waiting[-1][0] if waiting else 0)
         raise
     keep(total)
-    _check_readable(dataset, total - cache.read(split), max_bad_share)
+    _check_readable(dataset, total // frames - cache.read(split), max_bad_share)
     driver.progress(what, total, total)
+
+
+def _of_clips(by_width: dict[str, Tensor], packed_B: Tensor, dataset: ImageSet) -> Features:
+    """Of each clip the mean over its readable frames; the features themselves where an image stands for itself."""
+    targets_B = packed_B % dataset.num_classes
+    if dataset.frames == 1:
+        return Features(by_width, targets_B)
+    clips, clip_B, count = torch.unique_consecutive(
+        packed_B // dataset.num_classes // dataset.frames, return_inverse=True, return_counts=True
+    )
+    means = {
+        name: features_BD.new_zeros(len(clips), features_BD.shape[1]).index_add_(0, clip_B, features_BD)
+        / count[:, None]
+        for name, features_BD in by_width.items()
+    }
+    return Features(means, targets_B[count.cumsum(0) - 1])
 
 
 def _joined(batches: list[Features]) -> Features:
@@ -127,9 +145,9 @@ def _joined(batches: list[Features]) -> Features:
 
 
 def _check_readable(dataset: ImageSet, bad: int, max_bad_share: float) -> None:
-    total = len(dataset)
+    total, things = len(dataset) // dataset.frames, "images" if dataset.frames == 1 else "clips"
     if bad > int(max_bad_share * total):
         raise ValueError(
-            f"--data {dataset.spec}: {bad} or more of its {total} images cannot be read ({bad / total:.2%}, above the "
-            f"{max_bad_share:.2%} allowed). Restore or delete these files, or raise --max-bad-share."
+            f"--data {dataset.spec}: {bad} or more of its {total} {things} cannot be read ({bad / total:.2%}, above "
+            f"the {max_bad_share:.2%} allowed). Restore or delete these files, or raise --max-bad-share."
         )

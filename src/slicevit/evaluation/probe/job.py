@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from slicevit.calibration import require_statistics
 from slicevit.checkpoint import from_pretrained, read_config
 from slicevit.data import ImageSet, eval_config, eval_transform, open_dataset
 from slicevit.evaluation.probe.cache import FeatureCache, Features
@@ -60,6 +61,7 @@ def _open(settings: ProbeSettings) -> Probed:
         seen = " and ".join(f"{dataset.num_classes} in {split}" for split, dataset in data.items())
         raise ValueError(f"--data {settings.data} has {seen} classes: a probe needs the same two or more in both")
     model = from_pretrained(settings.run)
+    require_statistics(model, settings.run)
     model.reset_classifier(counts.pop())
     try:
         legal = sorted({model.width(width) for width in settings.widths} or set(model.widths))

@@ -17,7 +17,7 @@ class ProbeSettings:
     run: str
     """A run's folder, any folder that slicevit saved, or a Hub repository such as owner/name."""
     data: str
-    """The data set, as in train; ?classes=0:5 after it takes some of its classes."""
+    """The data set, as in train, or clips:FOLDER; ?classes=0:5 after it takes some of its classes."""
     data_root: str | None = None
     """Where a timm dataset string finds its files."""
     out: Path | None = None

@@ -45,7 +45,7 @@ def bind(model: ElasticModel, width: Width) -> nn.Module:
     """
     skeleton = model.skeleton(width)
     module = skeleton.module
-    for mine, source, key, cut in skeletons.slots(module, model, skeleton.plan):
+    for mine, source, key, cut in skeletons.slots(module, model, skeleton.plan, model.statistics(width)):
         narrow = cut(source[key].detach())
         mine[key] = nn.Parameter(narrow, requires_grad=False) if isinstance(source[key], nn.Parameter) else narrow
     for name, attention in module.named_modules():

@@ -15,6 +15,7 @@ from slicevit.checkpoint import WEIGHTS, from_pretrained, read_config
 from slicevit.data.masks import MaskTransformConfig
 from slicevit.elastic import ElasticModel, create_model
 from slicevit.files import write_text
+from slicevit.saved_statistics import STATISTICS, read_statistics
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.segmenter import Arguments, Segmenter, segmenter_family
 from slicevit.training import setup
@@ -214,6 +215,8 @@ def load_segmenter(folder: str | Path) -> tuple[ElasticModel, Recipe]:
     except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / WEIGHTS} does not hold this segmenter's weights ({reason})") from None
+    if model.has_batch_norm and (folder / STATISTICS).exists():
+        read_statistics(model, folder / STATISTICS, folder / WEIGHTS)
     return model.eval(), recipe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from slicevit import checkpoint
 from slicevit.data import TrainLoader, eval_batches
 from slicevit.data.masks import MaskSet, eval_pair_transform, train_pair_transform
+from slicevit.data.transforms import PairTransform
 from slicevit.evaluation.latency import measure_latency
 from slicevit.evaluation.segmentation import SegmentationScore, evaluate_masks
 from slicevit.evaluation.widths import predictors
@@ -82,6 +84,9 @@ class SegmentRun(loop.Run):
     def _image_shape(self) -> tuple[int, int, int]:
         return (self.recipe.in_chans, *self.recipe.size)
 
+    def _statistics_transform(self) -> PairTransform:
+        return train_pair_transform(replace(self.pairs, scale=(1.0, 1.0), hflip=0.0, color_jitter=0.0))
+
     def _evaluate(self) -> dict[str, SegmentationScore]:
         batches = eval_batches(
             self.val_set,
@@ -100,7 +105,7 @@ class SegmentRun(loop.Run):
             model.release()
 
     def _finish(self) -> list[SegmentResult]:
-        scores = self._scores or self._evaluate()
+        scores = self._scores or self._scored()
         latency = self.ranks.from_main(self._latency)
         return segment_rows(self.evaluated, self.recipe, scores, latency, self.config.method)
 

@@ -1,0 +1,137 @@
+"""`slicevit train --init … --rewire`: the full width begins where it was, and resumes as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import slicevit
+from slicevit import cli
+from slicevit.training.runs import read_train_config
+
+TINY = ["--model", "vit_tiny_patch16_224", "--model-args", "img_size=28", "patch_size=14", "in_chans=1", "embed_dim=16",
+        "depth=2", "num_heads=2"]  # fmt: skip
+COMMON = ["--crop", "pad", "--batch-size", "50", "--device", "cpu", "--threads", "1", "--workers", "0"]
+SEEN = ["--data", "fashion-mnist?classes=0:2"]
+STILL = ["--lr", "1e-12", "--min-lr", "0", "--weight-decay", "0", "--epochs", "0.02", "--rewire-images", "8"]
+GRID = ["--grid", "1/4:1:1/4"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, train_quickly: Callable[[list[str]], None]) -> Path:
+    """An ordinary network, trained at full width alone."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    alone = ["--method", "separate", "--grid", "1:1:1", "--epochs", "0.2"]
+    train_quickly([*SEEN, *TINY, *COMMON, *alone, "--out", str(run)])
+    return run
+
+
+def logits(run: Path, width: str = "1") -> Tensor:
+    images = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    return slicevit.from_pretrained(run, grid="1/4:1:1/4")(images, width=width).detach()
+
+
+@pytest.mark.parametrize("flags", [["--rewire"], ["--rewire", "rotate", "--ema-decay", "0.9"]])
+def test_a_run_begins_with_the_same_full_width_and_other_narrow_ones(
+    base: Path, tmp_path: Path, train_quickly: Callable[[list[str]], None], flags: list[str]
+) -> None:
+    train_quickly([*SEEN, *TINY, *COMMON, *GRID, *STILL, "--init", str(base), *flags, "--out", str(tmp_path / "run")])
+    torch.testing.assert_close(logits(tmp_path / "run"), logits(base), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(tmp_path / "run", "1/2"), logits(base, "1/2"), atol=1e-4)
+    how = "rotate" if "rotate" in flags else "permute"
+    assert read_train_config(tmp_path / "run").rewire == how
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_resumed_run_is_not_rewired_again(
+    base: Path, tmp_path: Path, train_quickly: Callable[[list[str]], None]
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    rest = [*SEEN, *TINY, *COMMON, *GRID, "--epochs", "0.1", "--init", str(base), "--rewire", "--rewire-images", "8"]
+    train_quickly([*rest, "--checkpoint-steps", "3", "--out", str(whole)])
+    train_quickly([*rest, "--checkpoint-steps", "3", "--out", str(stopped)])
+    state = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    shutil.rmtree(stopped)
+    with pytest.MonkeyPatch.context() as patch:  # killed after the first checkpoint
+        patch.setattr("slicevit.training.loop.Run._end_epoch", _killed)
+        with pytest.raises(_Killed):
+            train_quickly([*rest, "--checkpoint-steps", "3", "--out", str(stopped)])
+    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] < state["step"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slicevit.training.keeper.rewire_run", lambda run: pytest.fail("rewired again"))
+        train_quickly(["--resume", str(stopped)])
+    ends = [load_file(run / "model.safetensors") for run in (whole, stopped)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+class _Killed(Exception):
+    pass
+
+
+def _killed(*args: object) -> None:
+    raise _Killed
+
+
+@pytest.mark.parametrize("classes", ["0:2", "5:8"])
+def test_a_file_of_weights(
+    base: Path, tmp_path: Path, train_quickly: Callable[[list[str]], None], classes: str
+) -> None:
+    """The head comes along where the classes are as many; else it is new, and the features are kept."""
+    file = tmp_path / "weights.safetensors"
+    shutil.copy(base / "model.safetensors", file)
+    data = ["--data", f"fashion-mnist?classes={classes}"]
+    train_quickly(
+        [*data, *TINY, *COMMON, *GRID, *STILL, "--init", str(file), "--rewire", "--out", str(tmp_path / "run")]
+    )
+    if classes == "0:2":
+        torch.testing.assert_close(logits(tmp_path / "run"), logits(base), rtol=0, atol=1e-5)
+    else:
+        assert logits(tmp_path / "run").shape == (3, 3)
+    before, after = load_file(file)["pos_embed"], load_file(tmp_path / "run" / "model.safetensors")["pos_embed"]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after.sort(-1).values, before.sort(-1).values, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--rewire"], "--rewire needs trained weights: give --init pretrained"),
+        (["--rewire", "sideways", "--init", "pretrained"], "--rewire"),
+        (["--rewire", "--init", "pretrained", "--layout", "flat"], "--layout per_head"),
+        (["--rewire", "--init", "pretrained", "--method", "separate"], "--method separate trains each width alone"),
+        (["--rewire-images", "0"], "--rewire-images must be above 0"),
+    ],
+)
+def test_what_does_not_go_is_refused(flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *SEEN, *TINY, *COMMON, *GRID, *flags])
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_model_or_file_that_does_not_go_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rotate = ["--rewire", "rotate", "--rewire-images", "2", "--init", str(base), "--isolation", "mirror"]
+    text = tmp_path / "weights.pth"
+    text.write_text(json.dumps({}))
+    other = tmp_path / "other.safetensors"
+    shutil.copy(base / "model.safetensors", other)
+    cases = [
+        ([*TINY, *rotate], "--rewire rotate: rewiring by rotation does not go with this model: isolation='mirror'"),
+        ([*TINY, "--rewire", "--init", str(text)], "weights.pth is no file of weights"),
+        ([*TINY, "patch_size=7", "--rewire", "--init", str(other)], "holds the weights of another model than --model"),
+    ]
+    for flags, reason in cases:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", *SEEN, *COMMON, *GRID, *flags, "--out", str(tmp_path / "run")])
+        assert stop.value.code == 2
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "run" / "model.safetensors").exists()
