@@ -165,6 +165,11 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
     config, weights = read_config(folder_or_id)
     if "slicevit" not in config:
         raise ValueError(f"{folder_or_id} is not a slicevit model: its {CONFIG} has no 'slicevit' entry")
+    if "task" in config["slicevit"]:
+        raise ValueError(
+            f"{folder_or_id} is a run of slicevit segment, not a classifier: "
+            "slicevit.tasks.segment.initial.load_segmenter reads it"
+        )
     try:
         names = ("grid", *(field.name for field in fields(SliceSettings)))
         arguments = {name: config["slicevit"][name] for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def test_an_image_and_its_mask_are_cropped_and_mirrored_alike(tmp_path: Path) ->
     for _ in range(4):
         write_pair(tmp_path, "train/images", "train/masks", draw.integers(0, 25, (9, 12)))
     transform = train_pair_transform(config((6, 12), scale=(1.5, 1.5)))  # scaled back to 9 x 12, cropped to 6 x 12
+    transform = pickle.loads(pickle.dumps(transform))  # as on its way into a worker process
     loader = TrainLoader(MaskSet(tmp_path, "train", 20), transform, 4, seed=0)
     (images_BCHW, masks_BHW), (again, _) = (next(loader.epoch(epoch)) for epoch in (0, 1))
     assert images_BCHW.shape == (4, 3, 6, 12)

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from slicevit.cli.options import parse, speaks, take_model_args, take_option
+from slicevit.cli.options import gives, parse, speaks, take_model_args, take_option
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.presets import PRESETS, preset
 
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
     else:
         name, arguments = take_option(arguments, "--preset")
         out, arguments = take_option(arguments, "--out")
-        config = _parse(arguments, name or "camvid")
+        config = _parse(arguments, name)
         folder = Path(out) if out else join(config.device).from_main(lambda: _new_folder(config))
         rows = runs.start(config, folder, console)
     if speaks():
@@ -37,9 +37,12 @@ def run(arguments: list[str]) -> None:
         console.print(f"predictions {folder / 'predictions.png'}", highlight=False, soft_wrap=True)
 
 
-def _parse(arguments: list[str], name: str) -> SegmentConfig:
+def _parse(arguments: list[str], name: str | None) -> SegmentConfig:
     model_args, arguments = take_model_args(arguments)
-    default = replace(preset(name), model_args=model_args or {})
+    default = replace(preset(name) if name else SegmentConfig(), model_args=model_args or {})
+    init, _ = take_option(arguments, "--init")
+    if gives(arguments, "--model") and init not in (None, "scratch", "pretrained"):
+        raise ValueError(f"--model is for --init scratch or pretrained: {init} has its own")
     description = (
         "Train a segmenter whose width can be cut at run time, or each width alone (--method separate). Further flags: "
         f"--preset {{{','.join(PRESETS)}}}, --out FOLDER, --resume RUN, --model-args key=value ..."

@@ -130,29 +130,42 @@ def train_pair_transform(cfg: MaskTransformConfig) -> PairTransform:
     """
     side = min(cfg.size)
     shortest = [max(1, round(factor * side)) for factor in cfg.scale]
-    jitter = [v2.ColorJitter(*(cfg.color_jitter,) * 3)] if cfg.color_jitter else []
-    steps = v2.Compose(
-        [
-            v2.RandomResize(shortest[0], shortest[1] + 1),  # its end is left out
-            v2.RandomCrop(
-                cfg.size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: _VOID_BYTE, "others": 0}
-            ),
-            v2.RandomHorizontalFlip(cfg.hflip),
-            *jitter,
-        ]
-    )
-    return lambda image, mask: _tensors(cfg, *steps(*_wrapped(image, mask)))
+    steps: list[v2.Transform] = [
+        v2.RandomResize(shortest[0], shortest[1] + 1),  # its end is left out
+        v2.RandomCrop(
+            cfg.size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: _VOID_BYTE, "others": 0}
+        ),
+        v2.RandomHorizontalFlip(cfg.hflip),
+    ]
+    if cfg.color_jitter:
+        steps.append(v2.ColorJitter(*(cfg.color_jitter,) * 3))
+    return _TrainPairs(cfg, v2.Compose(steps))
 
 
 def eval_pair_transform(cfg: MaskTransformConfig) -> PairTransform:
     """From an image and its mask to float32 (C, h, w), with the shorter side of `size`, and the whole mask (H, W)."""
-    resize = v2.Resize(min(cfg.size))
+    return _EvalPairs(cfg, v2.Resize(min(cfg.size)))
 
-    def transform(image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
-        pixels, classes = _wrapped(image, mask)
-        return _tensors(cfg, resize(pixels), classes)
 
-    return transform
+@dataclass(frozen=True)
+class _TrainPairs:
+    """A class, not a function within one, so that it can be pickled into worker processes; `_EvalPairs` too."""
+
+    cfg: MaskTransformConfig
+    steps: v2.Transform
+
+    def __call__(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
+        return _tensors(self.cfg, *self.steps(*_wrapped(image, mask)))
+
+
+@dataclass(frozen=True)
+class _EvalPairs:
+    cfg: MaskTransformConfig
+    resize: v2.Transform
+
+    def __call__(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
+        pixels_CHW, mask_1HW = _wrapped(image, mask)
+        return _tensors(self.cfg, self.resize(pixels_CHW), mask_1HW)
 
 
 def _wrapped(image: Image.Image, mask: Image.Image) -> tuple[tv_tensors.Image, tv_tensors.Mask]:

@@ -62,8 +62,10 @@ def read_train_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`. Raises ValueError when there is none."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict(config["slicevit"]["training"])
+        entries = json.loads(path.read_text(encoding="utf-8"))["slicevit"]
+        if "task" in entries:
+            raise ValueError(f"{folder} is a run of slicevit segment, not of slicevit train")
+        return from_dict(entries["training"])
     except FileNotFoundError:
         raise ValueError(f"{folder} is no run's folder: it has no config.json") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:

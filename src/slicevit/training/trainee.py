@@ -108,14 +108,16 @@ class Trainee:
     def _fit_memory(self) -> None:
         """Fix `micro_batch` where it is to be found; the run's configuration keeps what was found."""
         if self.config.micro_batch == 0:
-            shape = (self.transform.in_chans, *self.transform.img_size)
             loss = self.distiller.full_loss if self.distiller is not None else None
             fitting = self.ranks.together(
-                lambda: most_images(self.model, self.loader.batch_size, shape, self._autocast, loss)
+                lambda: most_images(self.model, self.loader.batch_size, self._image_shape(), self._autocast, loss)
             )
             if self.distiller is not None:
                 self.distiller.projections.zero_grad()
             self.config = replace(self.config, micro_batch=min(self.ranks.gather(fitting)))
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        return (self.transform.in_chans, *self.transform.img_size)
 
     def train_step(self, images_BCHW: Tensor, targets: Tensor, stop: bool = False) -> None:
         """One optimizer step on this rank's images (B, C, H, W) and class indices (B,).

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from segmenting import FLAGS, write_pairs
+from segmenting import FLAGS, MODEL_FLAGS, write_pairs
 
 from slicevit import cli
 
@@ -25,10 +25,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def segment(data: Path, monkeypatch: pytest.MonkeyPatch) -> Segment:
-    """`slicevit segment` on `data` with these flags beside the usual ones."""
+    """`slicevit segment` on `data` with these flags beside the usual ones; without --init on a new small ViT."""
     monkeypatch.setattr("slicevit.training.loop.LATENCY_SECONDS", 0.01)
 
     def call(out: Path, *flags: object) -> None:
-        cli.main(["segment", "--data", str(data), "--out", str(out), *FLAGS, *map(str, flags)])
+        model = [] if "--init" in flags else MODEL_FLAGS
+        cli.main(["segment", "--data", str(data), "--out", str(out), *FLAGS, *model, *map(str, flags)])
 
     return call

@@ -14,8 +14,10 @@ from slicevit.checkpoint import save_pretrained
 
 MODEL_ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 WIDTHS = ("1/4", "1/2", "3/4", "1")
-FLAGS = [
+MODEL_FLAGS = [
     *("--model", "vit_tiny_patch16_224", "--model-args", *(f"{key}={value}" for key, value in MODEL_ARGS.items())),
+]
+FLAGS = [
     *("--grid", "1/4:1:1/4", "--num-classes", "3", "--size", "32", "48", "--decoder-channels", "32"),
     *("--epochs", "4", "--batch-size", "4", "--lr", "4e-3", "--warmup-epochs", "0", "--scale", "1", "1"),
     *("--eval-every", "2", "--device", "cpu", "--log-with"),

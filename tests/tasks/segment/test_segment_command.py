@@ -43,7 +43,7 @@ def test_one_network_for_all_widths(segment: Segment, tmp_path: Path, capsys: py
     rows = table(run)
     assert [row["width"] for row in rows] == list(WIDTHS)
     assert [int(row["channels"]) for row in rows] == [8, 16, 24, 32]
-    assert {row["images"] for row in rows} == {"5"}
+    assert {row["images"] for row in rows} == {"5"}  # of the test split
     assert all(float(row["miou"]) > 75 for row in rows), rows  # one class everywhere is 33 at best
     written = json.loads((run / "results.json").read_text())
     assert [np.mean(row["ious"]) for row in written] == pytest.approx([float(row["miou"]) for row in rows])
@@ -82,7 +82,7 @@ def test_a_backbone_with_batch_norm_has_statistics_of_every_width(
 
 def test_each_width_cut_out_and_trained_alone(segment: Segment, tmp_path: Path) -> None:
     backbone, run = saved_backbone(tmp_path / "backbone"), tmp_path / "run"
-    segment(run, "--init", backbone, "--method", "separate", "--epochs", "1")
+    segment(run, "--init", backbone, "--method", "separate", "--epochs", "1", "--micro-batch", "0")
     rows = table(run)
     assert [row["width"] for row in rows] == list(WIDTHS)
     assert [int(row["channels"]) for row in rows] == [8, 16, 24, 32]
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     method: str,
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    flags = ("--method", method, "--grid", "1/2:1:1/2", "--epochs", "2", "--drop-path", "0.2")
+    flags = ("--method", method, "--grid", "1/2:1:1/2", "--epochs", "2", "--drop-path", "0.2", "--ema-decay", "0.9")
     segment(whole, *flags)
     steps, original = [], trainee.Trainee.train_step
 
@@ -173,6 +173,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         (("--num-classes", "1"), "--num-classes must lie between 2 and 255"),
         (("--init", "nowhere"), "nowhere is neither a folder nor"),
         (("--model", "vit_nonsense"), "unknown model"),
+        (("--init", "nowhere", "--model", "vit_tiny_patch16_224"), "--model is for --init scratch or pretrained"),
+        (("--init", "nowhere", "--model-args", "depth=2"), "--model-args are for --init scratch or pretrained"),
         (("--scale", "2", "1"), "--scale must be above 0 and ascend"),
         (("--lr", "0"), "--lr must be above 0"),
     ],
@@ -185,7 +187,20 @@ def test_what_cannot_be_is_said_in_one_sentence(
     assert not (run / "model.safetensors").exists()
 
 
-def test_other_folders_are_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backbone = saved_backbone(tmp_path / "backbone")
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, lambda: cli.main(["segment"])) == "slicevit: --data: name a folder of images and masks"
+    told = refused(capsys, lambda: cli.main(["segment", "--data", "pairs", "--out", str(tmp_path / "run")]))
+    assert told.startswith("slicevit: --num-classes: say how many classes the masks of pairs have")
+
+
+def test_a_classifier_is_no_segmenter_nor_the_other_way_round(
+    segment: Segment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone, run = saved_backbone(tmp_path / "backbone"), tmp_path / "run"
     told = refused(capsys, lambda: cli.main(["segment", "--resume", str(backbone)]))
     assert told == f"slicevit: {backbone} is no segmenter's folder: slicevit segment makes one"
+    segment(run, "--grid", "1/2:1:1/2", "--epochs", "0.25")
+    told = refused(capsys, lambda: cli.main(["eval", str(run)]))
+    assert told.startswith(f"slicevit: {run} is a run of slicevit segment, not a classifier")
+    told = refused(capsys, lambda: cli.main(["train", "--resume", str(run)]))
+    assert told == f"slicevit: {run} is a run of slicevit segment, not of slicevit train"

@@ -18,15 +18,15 @@ from slicevit.widths import Isolation
 class SegmentConfig:
     """Everything that a segmentation run depends on. Fields that `TrainConfig` has too mean the same."""
 
-    data: str = "camvid"
+    data: str = ""
     """A folder of images and masks; see --folders."""
     folders: Folders = "masks"
-    """How it is laid out: SPLIT/images and SPLIT/masks (masks), or ADE20K's images/training, annotations/training, …"""
-    num_classes: int = 11
-    """How many classes; other values in a mask are void, which neither teaches nor counts."""
+    """How it is laid out: SPLIT/images and SPLIT/masks (masks), or images/training, annotations/training (ade20k)."""
+    num_classes: int = 0
+    """How many classes the masks have; other values in a mask are void, which neither teaches nor counts."""
     eval_split: Literal["val", "test"] = "val"
     """The split that mIoU is measured on."""
-    size: tuple[int, int] = (192, 256)
+    size: tuple[int, int] = (512, 512)
     """Height and width of training's crops and of evaluation's windows, in pixels."""
 
     init: str = "scratch"
@@ -82,7 +82,8 @@ class SegmentConfig:
     amp: Literal["off", "bf16"] = "off"
     """Autocast."""
     micro_batch: int | None = None
-    """Images that a process computes at once; 0 finds the most that fit the GPU's memory."""
+    """Images that a process computes at once, the rest of its share after them; 0 finds the most that fit the GPU's
+    memory. Such parts count by their images, whatever of them is void."""
     smoothing: float = 0.0
     """Label smoothing."""
     scale: tuple[float, float] = (0.5, 2.0)

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from slicevit.checkpoint import WEIGHTS, from_pretrained, read_config
-from slicevit.costs import model_input_size
 from slicevit.data.masks import MaskTransformConfig
 from slicevit.elastic import ElasticModel, create_model
 from slicevit.files import write_text
 from slicevit.saved_statistics import STATISTICS, read_statistics
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.segmenter import Arguments, Segmenter, segmenter_family
+from slicevit.training import setup
 from slicevit.training.methods import SEPARATE, is_separate, part_folder
 from slicevit.training.runs import read_train_config
 from slicevit.widths import FULL, Width, WidthGrid, parse_fraction
@@ -55,7 +55,13 @@ class Recipe:
 
 
 def resolved(config: SegmentConfig) -> SegmentConfig:
-    """The same with the grid filled in. Raises ValueError when --init cannot be had."""
+    """The same with the grid filled in. Raises ValueError for what is missing, or --init cannot be had."""
+    if not config.data:
+        raise ValueError("--data: name a folder of images and masks")
+    if not config.num_classes:
+        raise ValueError(f"--num-classes: say how many classes the masks of {config.data} have, or give a --preset")
+    if config.model_args and config.init not in (_SCRATCH, _PRETRAINED):
+        raise ValueError(f"--model-args are for --init scratch or pretrained: {config.init} has its own")
     if config.grid is not None:
         return config
     if config.init in (_SCRATCH, _PRETRAINED):
@@ -87,11 +93,12 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
     arguments = {name: value for name, value in source.model_args.items() if name not in ("num_classes", "img_size")}
     sized = hasattr(source._full, "set_input_size")
     if sized:
-        source.set_input_size(img_size=config.size)
-    in_chans = model_input_size(source)[0]
-    mean, std = (tuple(source.pretrained_cfg[name]) for name in ("mean", "std"))
-    if in_chans != len(mean):
-        mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
+        try:
+            source.set_input_size(img_size=config.size)
+        except (AssertionError, ValueError) as error:
+            size = " ".join(map(str, config.size))
+            raise ValueError(f"--size {size} does not go with {type(source._full).__name__}: {error}") from None
+    images = setup.transform_config(config.training(), source)
     assert config.grid is not None
     recipe = Recipe(
         backbone=source.pretrained_cfg["architecture"],
@@ -104,9 +111,9 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         num_classes=config.num_classes,
         grid=config.grid if cut is None else "1:1:1",
         settings=asdict(source.settings),
-        in_chans=in_chans,
-        mean=mean,
-        std=std,
+        in_chans=images.in_chans,
+        mean=images.mean,
+        std=images.std,
     )
     model = build(recipe)
     weights = source.to_timm(legal).state_dict()
@@ -120,20 +127,8 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
 
 def _backbone(config: SegmentConfig) -> ElasticModel:
     """The backbone to begin with, without its head, on a grid that has the widths asked for."""
-    training = config.training()
     if config.init in (_SCRATCH, _PRETRAINED):
-        pretrained = config.init == _PRETRAINED
-        args = dict(config.model_args) | {"num_classes": 0}
-        try:
-            return create_model(config.model, training.grid, pretrained, **training.slice_settings(), **args)
-        except TypeError as error:
-            told = f"--model-args {config.model_args} do not go with --model {config.model}: {error}"
-            raise ValueError(told) from None
-        except (OSError, RuntimeError) as error:
-            if not pretrained:
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--init pretrained: the weights of {config.model} cannot be had ({reason})") from None
+        return setup.build_model(config.training(), 0)
     folder = Path(config.init)
     if is_separate(folder):
         if config.width is None:

@@ -10,7 +10,9 @@ from slicevit.tasks.segment.config import SegmentConfig
 def camvid() -> SegmentConfig:
     """CamVid at 240 x 180, 11 classes, scored on its test images.
 
-    slicevit segment --init RUN --data /path/to/camvid
+    slicevit segment --preset camvid --init RUN --data /path/to/camvid
+
+    Not trained to its end here yet; benchmarks/accuracy/segment.py is to say what comes out.
     """
     return SegmentConfig(num_classes=11, eval_split="test", size=(192, 256), scale=(0.75, 1.5), decoder_channels=128)
 
@@ -20,7 +22,7 @@ def ade20k() -> SegmentConfig:
 
     torchrun --nproc-per-node=8 -m slicevit segment --preset ade20k --init RUN --data /path/to/ADEChallengeData2016
 
-    Not run here. The batch of 32 and crops of 512 pixels are assumed: the configuration read
+    Not run here. The batch of 32, crops of 512 pixels and colour jitter are assumed: the configuration read
     (Sense-X/UniFormer, semantic_segmentation/fpn_seg/exp/fpn_hybrid_small/config.py) has AdamW, 2e-4, weight decay
     1e-4, a cosine after 1,000 steps of warm-up, and drop path 0.1. The paper reports, each width fine-tuned alone on
     UniFormer-S, mIoU 35.0 / 40.7 / 43.7 / 46.1 at widths 1/4, 1/2, 3/4, 1.

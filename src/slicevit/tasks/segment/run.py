@@ -81,6 +81,9 @@ class SegmentRun(loop.Run):
             pin_memory=self.device.type == "cuda",
         )
 
+    def _image_shape(self) -> tuple[int, int, int]:
+        return (self.recipe.in_chans, *self.recipe.size)
+
     def _statistics_transform(self) -> PairTransform:
         return train_pair_transform(replace(self.pairs, scale=(1.0, 1.0), hflip=0.0, color_jitter=0.0))
 
@@ -108,7 +111,7 @@ class SegmentRun(loop.Run):
 
     def _latency(self) -> dict[str, float]:
         model = self.evaluated
-        window_1CHW = torch.zeros(1, self.recipe.in_chans, *self.recipe.size, device=self.device)
+        window_1CHW = torch.zeros(1, *self._image_shape(), device=self.device)
         try:
             with torch.inference_mode():
                 calls = {name: partial(call, window_1CHW) for name, call in predictors(model, model.widths).items()}

@@ -38,8 +38,10 @@ def resume(folder: Path, console: Console | None = None) -> list[SegmentResult]:
 
     Raises ValueError when `folder` holds no segmentation run, or its files do not fit together.
     """
-    config = read_config(folder)
-    return _train(config, folder, console or Console(), join(config.device))
+    here = (folder / "config.json").exists()  # not on every machine, where they share no disk
+    ranks = join(read_config(folder).device if here else "auto")
+    config = ranks.from_main(lambda: read_config(folder))
+    return _train(config, folder, console or Console(), ranks)
 
 
 def read_config(folder: Path) -> SegmentConfig:
