@@ -199,7 +199,8 @@ def test_a_classifier_is_no_segmenter_nor_the_other_way_round(
     backbone, run = saved_backbone(tmp_path / "backbone"), tmp_path / "run"
     told = refused(capsys, lambda: cli.main(["segment", "--resume", str(backbone)]))
     assert told == f"slicevit: {backbone} is no segmenter's folder: slicevit segment makes one"
-    segment(run, "--grid", "1/2:1:1/2", "--epochs", "0.25")
+    segment(run, "--grid", "1/2:1:1/2", "--epochs", "0.25", "--decoder", "mask-transformer")
+    assert "classes" in dict(load_segmenter(run)[0].decoder.named_parameters())
     told = refused(capsys, lambda: cli.main(["eval", str(run)]))
     assert told.startswith(f"slicevit: {run} is a run of slicevit segment, not a classifier")
     told = refused(capsys, lambda: cli.main(["train", "--resume", str(run)]))

@@ -13,7 +13,7 @@ import slicevit
 from slicevit.costs import width_costs
 from slicevit.elastic import ElasticModel
 from slicevit.tasks.segment.initial import Recipe, build
-from slicevit.tasks.segment.segmenter import Segmenter, picked_levels
+from slicevit.tasks.segment.segmenter import Decoder, Segmenter, picked_levels
 from slicevit.tasks.segment.semantic_fpn import SemanticFpn
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -26,11 +26,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
 GRID = "1/4:1:1/4"
 
 
-def segmenter(name: str, **settings: Any) -> ElasticModel:
+def segmenter(name: str, decoder: Decoder = "fpn", channels: int = 32, **settings: Any) -> ElasticModel:
     torch.manual_seed(0)
     size = tuple(BACKBONES[name].get("img_size", (32, 64)))
     fields = {"layout": "per_head", "isolation": "smallest"} | settings
-    recipe = Recipe(name, BACKBONES[name], None, size, 32, 5, GRID, fields, 3, (0.5,) * 3, (0.5,) * 3)
+    recipe = Recipe(name, BACKBONES[name], None, size, channels, 5, GRID, fields, 3, (0.5,) * 3, (0.5,) * 3, decoder)
     return build(recipe).eval()
 
 
@@ -61,14 +61,42 @@ def test_a_slice_is_a_narrow_segmenter_with_the_slices_of_backbone_and_decoder(n
             assert torch.equal(tensor, whole[tuple(ends)]), key
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_mask_transformer_is_cut_head_by_head(name: str) -> None:
+    """Two heads of 64 channels at full width: a narrow q, k or v takes of each head its own."""
+    model = segmenter(name, "mask-transformer", 128)
+    for width in model.widths:
+        alone = model.to_timm(width)
+        logits = alone(images(model))
+        assert logits.shape == (2, 5, *model.size)
+        assert torch.equal(model(images(model), width), logits)
+        head = int(64 * width)
+        end = slice(-head, None) if width == Fraction(1, 4) else slice(head)
+        ends = slice(-2 * head, None) if width == Fraction(1, 4) else slice(2 * head)
+        full, narrow = (module.decoder.blocks[1].attn for module in (model, alone))
+        rows = full.qkv.weight.view(3, 2, 64, 128)[:, :, end, ends].reshape(-1, 2 * head)
+        assert torch.equal(narrow.qkv.weight, rows)
+        assert torch.equal(narrow.qkv.bias, full.qkv.bias.view(3, 2, 64)[:, :, end].flatten())
+        columns = full.proj.weight.view(128, 2, 64)[ends, :, end].flatten(1)
+        assert torch.equal(narrow.proj.weight, columns)
+        assert torch.equal(alone.decoder.classes, model.decoder.classes[..., ends])
+        assert torch.equal(alone.decoder.mask_norm.weight, model.decoder.mask_norm.weight)
+
+
+def test_the_mask_transformer_stands_on_one_map() -> None:
+    plain, hierarchical = (segmenter(name, "mask-transformer", 128) for name in ("vit_tiny_patch16_224", "pvt_v2_b0"))
+    assert (plain.indices, hierarchical.indices) == ([3], [2])  # the last; that of 16 pixels
+
+
 def picked(backbone: Any) -> list[dict[str, Any]]:
     return [backbone.feature_info[index] for index in picked_levels(backbone)[0]]
 
 
+@pytest.mark.parametrize("decoder", ["fpn", "mask-transformer"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_training_step_reaches_every_parameter_that_a_narrow_one_uses(name: str) -> None:
+def test_a_training_step_reaches_every_parameter_that_a_narrow_one_uses(name: str, decoder: Decoder) -> None:
     """Gradients of the narrow module, added to the full one's, are those of autograd through the slices."""
-    model = segmenter(name).eval()
+    model = segmenter(name, decoder)
     model(images(model), "1/2").square().mean().backward()
     wanted = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
@@ -78,7 +106,7 @@ def test_a_training_step_reaches_every_parameter_that_a_narrow_one_uses(name: st
         if key in wanted:
             assert parameter.grad is not None, key
             torch.testing.assert_close(parameter.grad, wanted[key])
-    assert "decoder.classifier.weight" in wanted
+    assert {"decoder.classifier.weight", "decoder.classes"} & wanted.keys()
     assert any(key.startswith("backbone.") for key in wanted)
 
 

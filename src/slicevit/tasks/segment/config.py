@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from slicevit.data.masks import Layout as Folders
 from slicevit.families import Layout
+from slicevit.tasks.segment.segmenter import Decoder
 from slicevit.training.config import TrainConfig
 from slicevit.training.methods import SEPARATE, Draw, MethodName, Transfer
 from slicevit.training.trackers import TrackerName
@@ -35,8 +36,10 @@ class SegmentConfig:
     """timm's name of the backbone, where --init is not a folder."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of that model, as key=value pairs."""
+    decoder: Decoder = "fpn"
+    """Semantic FPN (fpn), or Segmenter's transformer with a token for each class (mask-transformer)."""
     decoder_channels: int = 256
-    """Channels of the decoder's feature pyramid at full width, a multiple of 8."""
+    """Channels of the decoder's feature pyramid, or of its tokens, at full width; a multiple of 8."""
     grid: str | None = None
     """Legal widths, smallest:largest:step. By default those of --init, or 1/4:1:1/16."""
     width: str | None = None
@@ -116,6 +119,8 @@ class SegmentConfig:
             raise ValueError(f"--scale must be above 0 and ascend, got {self.scale[0]} {self.scale[1]}")
         if self.decoder_channels < 8 or self.decoder_channels % 8:
             raise ValueError(f"--decoder-channels must be a multiple of 8, got {self.decoder_channels}")
+        if self.decoder not in get_args(Decoder):
+            raise ValueError(f"--decoder {self.decoder} is unknown: give {' or '.join(get_args(Decoder))}")
         if self.width is not None and self.method != SEPARATE:
             raise ValueError("--width trains one width alone: give --method separate with it")
         self.training()

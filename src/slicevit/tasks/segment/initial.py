@@ -17,7 +17,8 @@ from slicevit.elastic import ElasticModel, create_model
 from slicevit.files import write_text
 from slicevit.saved_statistics import STATISTICS, read_statistics
 from slicevit.tasks.segment.config import SegmentConfig
-from slicevit.tasks.segment.segmenter import Arguments, Segmenter, segmenter_family
+from slicevit.tasks.segment.mask_transformer import HEAD_WIDTH
+from slicevit.tasks.segment.segmenter import Arguments, Decoder, Segmenter, segmenter_family
 from slicevit.training import setup
 from slicevit.training.methods import SEPARATE, is_separate, part_folder
 from slicevit.training.runs import read_train_config
@@ -46,6 +47,7 @@ class Recipe:
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    decoder: Decoder = "fpn"
 
     def transform(self, config: SegmentConfig) -> MaskTransformConfig:
         """How a run's images reach the segmenter."""
@@ -114,6 +116,7 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         in_chans=images.in_chans,
         mean=images.mean,
         std=images.std,
+        decoder=config.decoder,
     )
     model = build(recipe)
     weights = source.to_timm(legal).state_dict()
@@ -156,6 +159,8 @@ def build(recipe: Recipe) -> ElasticModel:
         "size": tuple(recipe.size),
         "channels": recipe.channels,
         "num_classes": recipe.num_classes,
+        "decoder": recipe.decoder,
+        "heads": max(1, recipe.channels // HEAD_WIDTH),
     }
     module = Segmenter(**arguments)
     family = segmenter_family(module.backbone)

@@ -1,4 +1,4 @@
-"""`Segmenter`: a timm backbone under Semantic FPN, which an `ElasticModel` slices like any other model.
+"""`Segmenter`: a timm backbone under a decoder, which an `ElasticModel` slices like any other model.
 
 Legend of axis names: B images, C channels, H height, W width, K classes.
 """
@@ -9,32 +9,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import timm
 from torch import Tensor, nn
 
 from slicevit import constructors, skeletons
 from slicevit.families import Family, Heads, Scope, family_of
+from slicevit.tasks.segment.mask_transformer import STRUCTURE, MaskTransformer
 from slicevit.tasks.segment.semantic_fpn import STRIDES, SemanticFpn, resized
 from slicevit.widths import channels as channels_at
 
 Arguments = dict[str, Any]
+Decoder: TypeAlias = Literal["fpn", "mask-transformer"]
+_STRIDE = 16
 
 
 class Segmenter(nn.Module):
     """Logits of every pixel, from feature maps of a timm model.
 
-    A hierarchical backbone gives the last map of each of its sizes. One whose maps have a single size (a ViT) gives
-    four, of evenly spaced blocks, normalised by its last norm and resized to a pyramid.
+    To Semantic FPN (fpn) a hierarchical backbone gives the last map of each of its sizes. One whose maps have a single
+    size (a ViT) gives four, of evenly spaced blocks, normalised by its last norm and resized to a pyramid. To the mask
+    transformer goes one map: of a ViT the last, normalised, of a hierarchical backbone that of 16 pixels.
 
     Args:
         backbone: timm's name of the model.
         backbone_args: keyword arguments of `timm.create_model`.
         changes: what its class gets otherwise: the arguments of a narrow backbone.
         size: (height, width) of the images.
-        channels: of the decoder's pyramid.
+        channels: of the decoder's pyramid, or its tokens.
         num_classes: K.
+        decoder: fpn or mask-transformer.
+        heads: of the mask transformer.
 
     Raises ValueError when the backbone gives no feature maps.
     """
@@ -47,6 +53,8 @@ class Segmenter(nn.Module):
         size: tuple[int, int],
         channels: int,
         num_classes: int,
+        decoder: Decoder = "fpn",
+        heads: int = 1,
     ):
         super().__init__()
         made: Any = build_backbone(backbone, backbone_args, changes)[0]
@@ -54,8 +62,15 @@ class Segmenter(nn.Module):
         self.num_classes, self.size = num_classes, tuple(size)
         self.embed_dim = int(made.num_features)
         self.indices, self.single = picked_levels(made)
-        info = made.feature_info
-        self.decoder = SemanticFpn([int(info[index]["num_chs"]) for index in self.indices], channels, num_classes)
+        self.pyramid = decoder == "fpn"
+        if not self.pyramid:
+            self.indices = [self.indices[-1] if self.single else _coarsest_of(self.indices, made.feature_info)]
+        inputs = [int(made.feature_info[index]["num_chs"]) for index in self.indices]
+        self.decoder: nn.Module = (
+            SemanticFpn(inputs, channels, num_classes)
+            if self.pyramid
+            else MaskTransformer(inputs[0], channels, heads, num_classes)
+        )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
@@ -64,7 +79,7 @@ class Segmenter(nn.Module):
             images_BCHW, indices=wanted, norm=self.single, output_fmt="NCHW", intermediates_only=True
         )
         features = [maps[wanted.index(index)] for index in self.indices]
-        if self.single:
+        if self.single and self.pyramid:
             sides = images_BCHW.shape[2:]
             features = [
                 resized(level, [max(1, side // stride) for side in sides])
@@ -75,7 +90,7 @@ class Segmenter(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """The parameters that timm exempts from weight decay."""
         exempt = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in exempt}
+        return {*(f"backbone.{name}" for name in exempt), "decoder.classes"}
 
 
 def picked_levels(backbone: Any) -> tuple[list[int], bool]:
@@ -92,6 +107,11 @@ def picked_levels(backbone: Any) -> tuple[list[int], bool]:
         return [last[stride] for stride in sorted(last)][-len(STRIDES) :], False
     count = len(STRIDES)
     return [max(0, (place + 1) * len(info) // count - 1) for place in range(count)], True
+
+
+def _coarsest_of(indices: list[int], info: list[dict[str, Any]]) -> int:
+    """The last of the maps, finest first, of a stride of `_STRIDE` pixels or less; the first where none has."""
+    return [index for index in indices if int(info[index]["reduction"]) <= _STRIDE or index == indices[0]][-1]
 
 
 def build_backbone(name: str, arguments: Arguments, changes: Arguments) -> tuple[nn.Module, Arguments]:
@@ -113,7 +133,7 @@ def backbone_class(name: str, arguments: Arguments) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class SegmenterFamily(Family):
-    """How a `Segmenter` is sliced: its backbone as the backbone's family says, its decoder as any plain axis."""
+    """How a `Segmenter` is sliced: its backbone as the backbone's family says, and its decoder."""
 
     inner: Family = field(default_factory=lambda: Family(frozenset()))
 
@@ -146,8 +166,9 @@ def segmenter_family(backbone: nn.Module) -> SegmenterFamily:
     """The family of segmenters over models such as `backbone`. Raises ValueError when it has none itself."""
     inner = family_of(backbone)
     check = None if inner.check is None else partial(_check_backbone, inner.check)
-    plain = {name: getattr(inner, name) for name in ("structure", "rounded")}
-    return SegmenterFamily(frozenset({Segmenter.__name__}), check=check, inner=inner, **plain)
+    classes = frozenset({Segmenter.__name__})
+    structure = {**inner.structure, **STRUCTURE}
+    return SegmenterFamily(classes, structure=structure, check=check, rounded=inner.rounded, inner=inner)
 
 
 def _check_backbone(check: Callable[[nn.Module], str | None], narrow: Any) -> str | None:
