@@ -280,6 +280,49 @@ def test_more_slack_is_never_less_accurate(profile: Profile, slo: int, more: int
 
 
 @relaxed
+@given(profile=profiles(), queue=queues(), headroom=st.sampled_from([0.25, 0.5, 0.9]))
+def test_headroom_plans_with_less_time_and_sheds_nobody_for_it(
+    profile: Profile, queue: list[Request], headroom: float
+) -> None:
+    queue = [replace(request, arrival_ms=0.0) for request in queue]
+    sooner = {request.key: (1 - headroom) * max(request.deadline_ms, 0.0) for request in queue}
+    hurried = [
+        replace(request, deadline_ms=sooner[request.key] if request.deadline_ms > 0 else request.deadline_ms)
+        for request in queue
+    ]
+    decision, expected = deadline_slack(profile, queue, 0.0, headroom=headroom), deadline_slack(profile, hurried, 0.0)
+    assert (decision.width, decision.batch) == (expected.width, expected.batch)
+    assert set(decision.requests) <= set(queue)
+    assert f"{headroom:.0%} of the time kept free" in decision.reason
+    shed = deadline_slack(profile, queue, 0.0, shed_late=True, headroom=headroom).shed
+    assert shed == deadline_slack(profile, queue, 0.0, shed_late=True).shed
+
+
+def test_headroom_leaves_room_for_a_burst() -> None:
+    """A load somewhat above what the full width answers, and four times 32 at once."""
+    rows = [
+        {"width": "1/4", "top1": 70.0, "latency_ms": {1: 5.0}},
+        {"width": "1", "top1": 80.0, "latency_ms": {1: 20.0}},
+    ]
+    arrivals = sorted([*(16.0 * k for k in range(200)), *(600.0 * burst for burst in (1, 2, 3, 4) for _ in range(32))])
+    coming = [Request(number, at, at + 200.0) for number, at in enumerate(arrivals)]
+    profile = Profile.parse(rows)
+
+    def late(headroom: float) -> int:
+        answers = simulate(profile, coming, lambda queue, at: deadline_slack(profile, queue, at, headroom=headroom))
+        return sum(not answer.in_time for answer in answers)
+
+    assert (late(0.5), late(0.0) > 5) == (0, True)
+
+
+@pytest.mark.parametrize("headroom", [-0.1, 1.0])
+def test_headroom_is_a_share(headroom: float) -> None:
+    profile = Profile.parse([{"width": "1", "top1": 80.0, "latency_ms": {1: 20.0}}])
+    with pytest.raises(ValueError, match="headroom"):
+        deadline_slack(profile, [Request(0, 0.0, 1.0)], 0.0, headroom=headroom)
+
+
+@relaxed
 @given(profile=profiles(), queue=queues())
 def test_only_who_is_late_is_shed_and_only_when_asked(profile: Profile, queue: list[Request]) -> None:
     quickest = min(row.latency(1) for row in profile.frontier().rows)

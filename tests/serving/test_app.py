@@ -496,6 +496,7 @@ def test_openapi_names_every_path(served: Served) -> None:
         ({"decoders": 0}, "--decoders 0"),
         ({"body_seconds": 0.0}, "--body-seconds 0"),
         ({"quantile": 1.0}, "--quantile 1.0"),
+        ({"headroom": 1.0}, "--headroom 1.0"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, TypeAlias
 
@@ -134,7 +134,9 @@ def budget(profile: Profile, queue: Sequence[Request], budget_ms: float, per: Pe
     )
 
 
-def deadline_slack(profile: Profile, queue: Sequence[Request], now: float, *, shed_late: bool = False) -> Decision:
+def deadline_slack(
+    profile: Profile, queue: Sequence[Request], now: float, *, shed_late: bool = False, headroom: float = 0.0
+) -> Decision:
     """The most accurate width at which all that wait are answered in time, after SlackFit.
 
     The slack of the most urgent request bounds the latency of the call, as in SlackFit (Khare et al., SuperServe, NSDI
@@ -149,15 +151,21 @@ def deadline_slack(profile: Profile, queue: Sequence[Request], now: float, *, sh
     In every case the batch is the one with the fewest milliseconds an image among those that fit; a batch larger than
     that helps nobody.
 
+    With `headroom` the width is chosen as if every request had so much less of its time, from arrival to deadline. A
+    queue that a wide width answers just in time leaves no room for a burst that comes meanwhile; this keeps some.
+
     Args:
         profile: the legal widths; dominated ones are left out, and "narrowest" means of those left.
         queue: who waits.
         now: the time, in milliseconds on the clock of the requests.
         shed_late: list late requests in `Decision.shed` instead of running them.
+        headroom: the share of its time, from 0 to below 1, that is not planned with.
 
     Raises:
-        ValueError: the queue is empty, or `now` is not finite.
+        ValueError: the queue is empty, `now` is not finite, or `headroom` is out of range.
     """
+    if not 0 <= headroom < 1:
+        raise ValueError(f"headroom {headroom}: give a share from 0 to below 1, such as 0.5")
     order = _waiting(queue)
     _finite(now)
     rows = profile.frontier().rows
@@ -168,9 +176,20 @@ def deadline_slack(profile: Profile, queue: Sequence[Request], now: float, *, sh
         order = order[len(shed) :]
         if not order:
             return Decision(rows[0].width, (), f"all {len(shed)} waiting are too late for any width: shed", shed)
-    row, batch, reason = _fit_slack(rows, order, now, quickest)
+    keeping = ""
+    planned = order
+    if headroom:
+        keeping = f"; {headroom:.0%} of the time kept free"
+        order = sorted(order, key=lambda request: _planned(request, headroom))
+        planned = [replace(request, deadline_ms=_planned(request, headroom)) for request in order]
+    row, batch, reason = _fit_slack(rows, planned, now, quickest)
     shedding = f"; {len(shed)} late shed" if shed else ""
-    return Decision(row.width, tuple(order[:batch]), f"{reason}; {_of_waiting(batch, order)}{shedding}", shed)
+    return Decision(row.width, tuple(order[:batch]), f"{reason}{keeping}; {_of_waiting(batch, order)}{shedding}", shed)
+
+
+def _planned(request: Request, headroom: float) -> float:
+    """By when its answer is planned."""
+    return request.deadline_ms - headroom * max(0.0, request.deadline_ms - request.arrival_ms)
 
 
 def _fit_slack(rows: tuple[Row, ...], order: list[Request], now: float, quickest: float) -> tuple[Row, int, str]:

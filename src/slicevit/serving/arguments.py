@@ -36,6 +36,8 @@ class Arguments:
     """The width of --policy fixed, such as 1/2."""
     budget_ms: float | None = None
     """Milliseconds of a call, for --policy budget."""
+    headroom: float = 0.5
+    """The share of its time that --policy deadline-slack keeps free for a burst: higher is narrower, and sheds less."""
     engine: Literal["torch", "torch-compile", "onnxruntime", "openvino"] = "torch"
     """What runs the widths."""
     device: str = "auto"
@@ -69,6 +71,7 @@ class Arguments:
             policy=self.policy,
             width=None if self.width is None else parse_fraction(self.width),
             budget_ms=self.budget_ms,
+            headroom=self.headroom,
             max_queue=self.max_queue,
             max_bytes=self.max_bytes,
             max_pixels=self.max_pixels,

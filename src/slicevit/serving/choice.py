@@ -18,9 +18,10 @@ PolicyName: TypeAlias = Literal["deadline-slack", "fixed", "budget"]
 Policy: TypeAlias = Callable[[Profile, Sequence[Request], float], Decision]
 
 
-def policy_of(name: PolicyName, budget_ms: float | None = None) -> Policy:
+def policy_of(name: PolicyName, budget_ms: float | None = None, headroom: float = 0.0) -> Policy:
     """The policy of that name, which lists in `Decision.shed` whoever no width that it may choose answers in time.
 
+    `headroom` is that of "deadline-slack", `budget_ms` of "budget".
     "fixed" is for a table of one width; its batches keep the deadlines as those of "deadline-slack" do.
     """
     if name == "fixed":
@@ -28,7 +29,7 @@ def policy_of(name: PolicyName, budget_ms: float | None = None) -> Policy:
     if name == "budget":
         assert budget_ms is not None
         return partial(_budget, budget_ms)
-    return partial(deadline_slack, shed_late=True)
+    return partial(deadline_slack, shed_late=True, headroom=headroom)
 
 
 def _fixed(profile: Profile, queue: Sequence[Request], now: float) -> Decision:

@@ -72,7 +72,7 @@ class Service:
                 "device": engine.device,
             },
         )
-        policy = policy_of(settings.policy, settings.budget_ms)
+        policy = policy_of(settings.policy, settings.budget_ms, settings.headroom)
         widths = [row.width for row in legal.rows]
         self._batcher = Batcher(engine, table, widths, policy, self._margin, self.metrics.called)
         self._live = Live(table, self._started)

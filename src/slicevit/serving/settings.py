@@ -22,6 +22,7 @@ class Settings:
         policy: `slicevit.runtime.policy`'s deadline_slack, fixed or budget.
         width: the width of the policy "fixed".
         budget_ms: milliseconds of a call, of the policy "budget".
+        headroom: the share of its time that "deadline-slack" keeps free for a burst, from 0 to below 1.
         max_queue: the most requests that are held at once, from the first byte to the answer.
         max_bytes: of an image file.
         max_pixels: of an image.
@@ -38,6 +39,7 @@ class Settings:
     policy: PolicyName = "deadline-slack"
     width: Fraction | None = None
     budget_ms: float | None = None
+    headroom: float = 0.5
     max_queue: int = 256
     max_bytes: int = 10 * 2**20
     max_pixels: int = 50_000_000
@@ -60,5 +62,7 @@ class Settings:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: give at least 1")
         if not (math.isfinite(self.body_seconds) and self.body_seconds > 0):
             raise ValueError(f"--body-seconds {self.body_seconds}: give seconds above 0")
+        if not 0 <= self.headroom < 1:
+            raise ValueError(f"--headroom {self.headroom}: give a share from 0 to below 1, such as 0.5")
         if not 0 < self.quantile < 1:
             raise ValueError(f"--quantile {self.quantile}: give a share between 0 and 1, such as 0.95")
