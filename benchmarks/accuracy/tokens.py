@@ -74,7 +74,7 @@ def draw(points: list[Point], path: Path) -> None:
     )
     for pairs in sorted({point["merged"] for point in points}):
         line = [point for point in points if point["merged"] == pairs]
-        what = "width alone" if pairs == 0 else f"width, {pairs} pairs a block merged"
+        what = "width alone" if pairs == 0 else f"width, {pairs} pair{'s' * (pairs > 1)} a block merged"
         axes.plot([p["gmacs"] * 1000 for p in line], [p["top1"] for p in line], "o-", markersize=4, label=what)
     axes.set(xscale="log", xlabel="million multiply-accumulates an image", ylabel="top-1, %")
     axes.grid(alpha=0.3)
