@@ -6,12 +6,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.table import Table
 from rich.text import Text
@@ -220,22 +220,48 @@ def short(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def results_table(rows: Sequence[WidthResult], title: str) -> Table:
-    """The results for a terminal, 80 columns wide, narrowest width first."""
+class Measured(Costed, Protocol):
+    """What a table of widths shows of each besides its scores."""
+
+    @property
+    def width(self) -> str: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def param_count(self) -> float: ...
+    @property
+    def latency_ms(self) -> float | None: ...
+
+
+R = TypeVar("R", bound=Measured)
+
+
+def widths_table(
+    rows: Sequence[R],
+    title: str,
+    scores: Mapping[str, Callable[[R], str]],
+    trained: Callable[[R], bool] = lambda row: True,
+) -> Table:
+    """The rows for a terminal, 80 columns wide, in their order; `scores` are columns by heading, before the latency."""
     unit, scale = macs_unit(rows)
     table = Table(title=Text(title), title_justify="left")
     table.add_column("Width", no_wrap=True)
-    for heading in ("Channels", "Params\nM", unit, "Top-1\n%", "Top-5\n%", "Latency\nms"):
+    for heading in ("Channels", "Params\nM", unit, *scores, "Latency\nms"):
         table.add_column(heading, justify="right")
-    for row in by_width(rows):
+    for row in rows:
         table.add_row(
-            row.width if row.trained else f"{row.width} not trained",
+            row.width if trained(row) else f"{row.width} not trained",
             str(row.channels),
             short(row.param_count),
             short(row.gmacs * scale),
-            f"{row.top1:.2f}",
-            f"{row.top5:.2f}",
+            *(score(row) for score in scores.values()),
             "–" if row.latency_ms is None else short(row.latency_ms),
-            style=None if row.trained else "dim",
+            style=None if trained(row) else "dim",
         )
     return table
+
+
+def results_table(rows: Sequence[WidthResult], title: str) -> Table:
+    """The results for a terminal, 80 columns wide, narrowest width first."""
+    scores = {"Top-1\n%": lambda row: f"{row.top1:.2f}", "Top-5\n%": lambda row: f"{row.top5:.2f}"}
+    return widths_table(by_width(rows), title, scores, trained=lambda row: row.trained)

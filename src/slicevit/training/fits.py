@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TypeAlias, TypeGuard
 
 from rich.table import Table
-from rich.text import Text
 
 from slicevit.costs import width_costs
 from slicevit.data import TransformConfig
 from slicevit.elastic import ElasticModel
-from slicevit.evaluation.results import WidthResult, macs_unit, short, to_csv
+from slicevit.evaluation.results import WidthResult, to_csv, widths_table
 from slicevit.files import write_text
 from slicevit.training.distiller import Fit
 
@@ -106,19 +105,4 @@ def read_fits(folder: Path) -> list[FitResult]:
 
 def fits_table(rows: Sequence[FitResult], title: str) -> Table:
     """The rows for a terminal, 80 columns wide."""
-    unit, scale = macs_unit(rows)
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("Width", no_wrap=True)
-    for heading in ("Channels", "Params\nM", unit, "Loss", "Cosine", "Latency\nms"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.width,
-            str(row.channels),
-            short(row.param_count),
-            short(row.gmacs * scale),
-            f"{row.loss:.4f}",
-            f"{row.cosine:.4f}",
-            "–" if row.latency_ms is None else short(row.latency_ms),
-        )
-    return table
+    return widths_table(rows, title, {"Loss": lambda row: f"{row.loss:.4f}", "Cosine": lambda row: f"{row.cosine:.4f}"})

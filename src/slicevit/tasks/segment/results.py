@@ -9,11 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from slicevit.costs import width_costs
 from slicevit.elastic import ElasticModel
-from slicevit.evaluation.results import macs_unit, short, to_csv
+from slicevit.evaluation.results import to_csv, widths_table
 from slicevit.evaluation.segmentation import SegmentationScore
 from slicevit.files import write_text
 from slicevit.tasks.segment.initial import Recipe
@@ -100,19 +99,5 @@ def read_segment_results(folder: Path) -> list[SegmentResult]:
 
 def segment_table(rows: Sequence[SegmentResult], title: str) -> Table:
     """The results for a terminal, 80 columns wide, narrowest width first."""
-    unit, scale = macs_unit(rows)
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("Width", no_wrap=True)
-    for heading in ("Channels", "Params\nM", unit, "mIoU\n%", "Pixels\n%", "Latency\nms"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.width,
-            str(row.channels),
-            short(row.param_count),
-            short(row.gmacs * scale),
-            f"{row.miou:.2f}",
-            f"{row.pixel_accuracy:.2f}",
-            "–" if row.latency_ms is None else short(row.latency_ms),
-        )
-    return table
+    scores = {"mIoU\n%": lambda row: f"{row.miou:.2f}", "Pixels\n%": lambda row: f"{row.pixel_accuracy:.2f}"}
+    return widths_table(rows, title, scores)
