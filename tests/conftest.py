@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from slicevit import cli
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thread each, and each of their children
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay on one worker, with its fixtures; those with a Ray cluster on the same one."""
+    for item in items:
+        file = item.path.stem
+        group = "ray" if file in ("test_ray", "test_predict_ray") else file
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _one_thread() -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -12,6 +11,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from slicevit.cli.launch import launch
 from slicevit.cli.options import gives, parse, speaks, take_model_args, take_option
 from slicevit.training.config import TrainConfig
 from slicevit.training.initial import with_slicing_of
@@ -20,21 +20,9 @@ from slicevit.training.presets import PRESETS, preset
 
 def run(arguments: list[str]) -> None:
     from slicevit.training import runs
-    from slicevit.training.ranks import join
 
     console = Console()
-    resume, arguments = take_option(arguments, "--resume")
-    if resume is not None:
-        if arguments:
-            raise ValueError(f"--resume takes the run's own configuration: leave out {' '.join(arguments)}")
-        folder = Path(resume)
-        rows = runs.resume(folder, console)
-    else:
-        name, arguments = take_option(arguments, "--preset")
-        out, arguments = take_option(arguments, "--out")
-        config = _parse_train(arguments, name)
-        folder = Path(out) if out else join(config.device).from_main(lambda: _new_folder(config))
-        rows = runs.start(config, folder, console)
+    rows, folder = launch(arguments, runs, _parse_train, console)
     if speaks():
         _print_results(console, rows, folder)
 
@@ -64,11 +52,6 @@ def _rewire_alone(arguments: list[str]) -> list[str]:
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         full += [argument, "permute"] if argument == "--rewire" and following.startswith("--") else [argument]
     return full
-
-
-def _new_folder(config: TrainConfig) -> Path:
-    data = Path(config.data.split("?")[0]).name
-    return Path("runs") / f"{data}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _print_results(console: Console, rows: Sequence[Any], folder: Path) -> None:
