@@ -1,4 +1,7 @@
-"""What the accuracy scripts share: run folders, training several at a time, and which test images each gets right."""
+"""What the accuracy scripts share: run folders, training several at a time, and which test images each gets right.
+
+Legend of axis names: S seeds, W widths, N images.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from slicevit.checkpoint import read_config
 from slicevit.data import eval_batches, eval_config, eval_transform, open_dataset
 from slicevit.evaluation.accuracy import correct_per_image
 from slicevit.evaluation.results import read_results
+from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.files import replacing, write_text
 from slicevit.training import runs
 from slicevit.training.config import TrainConfig
@@ -149,6 +153,24 @@ def _correct(folder: Path, width: str, grid: str | None) -> np.ndarray:
     with replacing(kept) as temporary, open(temporary, "wb") as file:
         np.save(file, hits_N)
     return hits_N
+
+
+def by_width(values_W: np.ndarray) -> dict[str, float]:
+    """Figures of the four widths, rounded."""
+    return dict(zip(WIDTHS, values_W.round(2).tolist(), strict=True))
+
+
+def accuracies(hits_SWN: np.ndarray) -> dict[str, Any]:
+    """Top-1 in per cent by width and its mean, over seeds; with several seeds their standard deviation too."""
+    top1_SW = 100 * hits_SWN.mean(axis=2)
+    figures: dict[str, Any] = {"top1": by_width(top1_SW.mean(axis=0)), "mean": round(float(top1_SW.mean()), 2)}
+    return figures | ({"top1_std": by_width(top1_SW.std(axis=0, ddof=1))} if len(top1_SW) > 1 else {})
+
+
+def difference(one_SWN: np.ndarray, other_SWN: np.ndarray) -> list[float]:
+    """Mean, low and high of the paired 95 % interval over images and seeds, in points."""
+    interval = paired_bootstrap(one_SWN, other_SWN)
+    return [round(value, 2) for value in (interval.mean, interval.low, interval.high)]
 
 
 def stamp() -> dict[str, str]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common_runs import WIDTHS, correct, stamp
+from common_runs import WIDTHS, accuracies, correct, difference, stamp
 from compare_rows import X7
 
 from slicevit.evaluation.frontier import RunRecord, plot_frontier
 from slicevit.evaluation.results import WidthResult, read_results
-from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.files import write_text
 from slicevit.widths import WidthGrid
 
@@ -68,12 +67,8 @@ def _figures(comparison: Comparison, name: str, hits: dict[str, Hits]) -> dict[s
     figures: dict[str, Any] = {"title": comparison.rows[name].title, "search": search}
     if not hits[name]:
         return figures
-    top1_SW = 100 * np.stack([right.mean(axis=1) for right in hits[name].values()])
-    figures |= {"lr": comparison.rate(name), "seeds": list(hits[name]), "top1": _by_width(top1_SW.mean(axis=0))}
-    if len(top1_SW) > 1:
-        figures["top1_std"] = _by_width(top1_SW.std(axis=0, ddof=1))
+    figures |= {"lr": comparison.rate(name), "seeds": list(hits[name])} | accuracies(np.stack([*hits[name].values()]))
     references = {other for part in comparison.parts.values() if name in part.rows for other in part.references}
-    figures["mean"] = round(float(top1_SW.mean()), 2)
     figures["minus"] = {
         other: _difference(hits[name], hits[other])
         for other in comparison.rows
@@ -82,15 +77,10 @@ def _figures(comparison: Comparison, name: str, hits: dict[str, Hits]) -> dict[s
     return figures
 
 
-def _by_width(values: np.ndarray) -> dict[str, float]:
-    return dict(zip(WIDTHS, values.round(2).tolist(), strict=True))
-
-
 def _difference(one: Hits, other: Hits) -> list[float]:
     """Mean, low and high of the paired interval, over the seeds that both have."""
     seeds = sorted(one.keys() & other.keys())
-    interval = paired_bootstrap(np.stack([one[s] for s in seeds]), np.stack([other[s] for s in seeds]))
-    return [round(value, 2) for value in (interval.mean, interval.low, interval.high)]
+    return difference(np.stack([one[s] for s in seeds]), np.stack([other[s] for s in seeds]))
 
 
 def _unseen(comparison: Comparison, hits: dict[str, Hits]) -> dict[str, dict[str, float]]:

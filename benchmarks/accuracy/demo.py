@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common_runs import WIDTHS, Job, correct, mean_top1, run_all, run_folder, stamp
+from common_runs import Job, accuracies, correct, difference, mean_top1, run_all, run_folder, stamp
 
-from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.training.config import TrainConfig
 from slicevit.training.loop import Run
 from slicevit.training.presets import preset
@@ -114,14 +113,11 @@ def report(
     """Print the table and the JSON line; `right` is bool (seeds, 4, N) by method."""
     figures: dict[str, Any] = {}
     for name, hits in right.items():
-        by_seed = 100 * hits.mean(axis=2)
-        versus = paired_bootstrap(right["scala"], hits) if name != "scala" else None
+        versus = difference(right["scala"], hits) if name != "scala" else None
         figures[name] = {
             "lr": best[name],
-            "top1": dict(zip(WIDTHS, by_seed.mean(axis=0).round(2).tolist(), strict=True)),
-            "top1_std": dict(zip(WIDTHS, by_seed.std(axis=0, ddof=1).round(2).tolist(), strict=True)),
-            "mean": round(float(by_seed.mean()), 2),
-            "scala_minus_this": versus and [round(v, 2) for v in (versus.mean, versus.low, versus.high)],
+            **accuracies(hits),
+            "scala_minus_this": versus,
             "search": {f"{rate:g}": round(mean_top1(folder(name, rate, 0)), 2) for rate in RATES},
         }
         print(f"{name:22} lr {best[name]:g}  " + "  ".join(f"{v:.2f}" for v in figures[name]["top1"].values()), versus)

@@ -22,9 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common_runs import WIDTHS, Job, correct, done, mean_top1, run_all, run_folder, stamp
+from common_runs import (
+    Job,
+    accuracies,
+    by_width,
+    correct,
+    difference,
+    done,
+    mean_top1,
+    run_all,
+    run_folder,
+    stamp,
+)
 
-from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.files import write_text
 from slicevit.training.presets import preset
 
@@ -94,24 +104,12 @@ def figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
     right = {name: comparison.hits(name) for name in comparison.args.only}
     table: dict[str, dict[str, Any]] = {}
     for name, hits in right.items():
-        by_seed = 100 * hits.mean(axis=2)
-        spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else np.full(len(WIDTHS), np.nan)
-        table[name] = {
-            "lr": comparison.rate(name),
-            "top1": dict(zip(WIDTHS, by_seed.mean(axis=0).round(2).tolist(), strict=True)),
-            "top1_std": [None if np.isnan(value) else round(value, 2) for value in spread.tolist()],
-            "mean": round(float(by_seed.mean()), 2),
-            "begins": dict(zip(WIDTHS, _top1(correct(comparison.start(name).folder)), strict=True)),
-        }
+        begins = by_width(100 * correct(comparison.start(name).folder).mean(axis=1))
+        table[name] = {"lr": comparison.rate(name), **accuracies(hits), "begins": begins}
         for other in ("scratch", "as it is"):
             if other in right and other != name:
-                interval = paired_bootstrap(hits, right[other])
-                table[name][f"minus {other}"] = [round(v, 2) for v in (interval.mean, interval.low, interval.high)]
+                table[name][f"minus {other}"] = difference(hits, right[other])
     return table
-
-
-def _top1(hits_WN: np.ndarray) -> list[float]:
-    return (100 * hits_WN.mean(axis=1)).round(2).tolist()
 
 
 def main() -> None:
@@ -141,14 +139,14 @@ def main() -> None:
     rows = figures(comparison)
     for name, row in rows.items():
         print(f"{name:24} lr {row['lr']:g}  " + "  ".join(f"{value:.2f}" for value in row["top1"].values()), flush=True)
-    ordinary = _top1(np.mean([correct(comparison.base(seed).folder) for seed in args.seeds], axis=0))
+    ordinary = accuracies(np.stack([correct(comparison.base(seed).folder) for seed in args.seeds]))
     line = json.dumps(
         {
             "benchmark": "accuracy/rewire",
             **stamp(),
             **options,
             "seeds": len(args.seeds),
-            "ordinary": dict(zip(WIDTHS, ordinary, strict=True)),
+            "ordinary": ordinary,
             "rows": rows,
         }
     )

@@ -65,7 +65,7 @@ def test_a_resumed_run_is_not_rewired_again(
             train_quickly([*rest, "--checkpoint-steps", "3", "--out", str(stopped)])
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] < state["step"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slicevit.training.keeper.rewire_run", lambda run: pytest.fail("rewired again"))
+        patch.setattr("slicevit.training.keeper.rewire_run", lambda run, progress: pytest.fail("rewired again"))
         train_quickly(["--resume", str(stopped)])
     ends = [load_file(run / "model.safetensors") for run in (whole, stopped)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

@@ -14,6 +14,7 @@ from slicevit.data import preprocessing
 from slicevit.evaluation.results import MetricsLog
 from slicevit.training import setup
 from slicevit.training.monitor import merge_losses
+from slicevit.training.progress import TrainProgress
 from slicevit.training.ranks import RankLost, is_connection, shared
 from slicevit.training.rewired import rewire_run
 from slicevit.training.state import claim, load_checkpoint, save_checkpoint
@@ -35,8 +36,10 @@ class Keeper:
     def __init__(self, run: Trainee, folder: Path):
         self.run, self.folder = run, folder
 
-    def begin(self) -> None:
+    def begin(self, progress: TrainProgress) -> None:
         """Go on from what the folder holds; describe the run there when that is nothing.
+
+        `progress` shows what a new run does before its first step.
 
         Raises ValueError when the folder's files do not fit together.
         """
@@ -48,7 +51,7 @@ class Keeper:
         except ValueError as error:
             raise ValueError(f"--resume {self.folder}: {error}") from None
         if state is None and run.config.rewire != "off":
-            rewire_run(run)
+            rewire_run(run, progress)
         if changed:
             main(self.describe)
         if state is not None and (others := _other_versions(state)):

@@ -54,7 +54,7 @@ class Run(Trainee):
         """
         with StopRequest(self.ranks.count > 1) as stop, self._progress() as progress:
             try:
-                self.keeper.begin()
+                self.keeper.begin(progress)
                 names = self.config.log_with if self.ranks.is_main else ()
                 self.trackers = Trackers(names, self.folder, asdict(self.config), self.step)
                 try:

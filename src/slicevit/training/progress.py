@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
@@ -53,6 +53,14 @@ class TrainProgress:
             if batch is None:
                 return
             yield batch
+
+    def counted(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """`items`, on a bar of their own that names what is done with them."""
+        task = self._bar.add_task(what, total=len(items), rate=what, loss="")
+        for item in items:
+            yield item
+            self._bar.advance(task)
+        self._bar.remove_task(task)
 
     def data_wait(self) -> float:
         """Share of the epoch's training time that was spent waiting for batches."""
