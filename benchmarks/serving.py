@@ -6,7 +6,8 @@ The server runs on one core, the load generator on another; nothing else may run
 the fixed full width, which is measured first. The first round measures every system on every trace. The later ones,
 in another order, measure elastic, the narrowest and the full width, the widest fixed one that kept the target, and the
 next wider one. Figures are medians over the rounds. What was measured is kept below --work: a stopped command goes on
-when it is given again. Ends with one JSON line; --out writes benchmarks/results/serving.json and .png as well.
+when it is given again, and measures again the runs in which the load generator was late.
+Ends with one JSON line; --out writes benchmarks/results/serving.json and .png as well.
 The parts are in serving/.
 """
 
@@ -42,6 +43,11 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
+def settled(file: Path) -> bool:
+    """Whether a run was measured, and the load generator was in time."""
+    return file.exists() and bool(json.loads(file.read_text())["valid"])
+
+
 def measure(bench: Bench, traces: list[Trace], widths: list[str], capacity: float, rounds: int, work: Path) -> Runs:
     """All rounds."""
     runs: Runs = {trace.name: {} for trace in traces}
@@ -50,10 +56,10 @@ def measure(bench: Bench, traces: list[Trace], widths: list[str], capacity: floa
         first = turn * len(systems) // rounds
         for system in systems[first:] + systems[:first]:
             files = {trace: work / f"round{turn + 1}-{trace.name}-{system.replace('/', '-')}.json" for trace in traces}
-            if not all(file.exists() for file in files.values()):
+            if missing := {trace: file for trace, file in files.items() if not settled(file)}:
                 with bench.server(system) as server:
-                    for trace, file in files.items():
-                        kept(file, lambda trace=trace, server=server: bench.replay(server, trace, capacity))
+                    for trace, file in missing.items():
+                        write_text(file, json.dumps(bench.replay(server, trace, capacity)) + "\n")
             for trace, file in files.items():
                 found = json.loads(file.read_text())
                 runs[trace.name].setdefault(system, []).append(found)
