@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +20,7 @@ import timm
 import torch
 
 import slicevit
+from slicevit.training.graphs import Graphs
 from slicevit.training.objectives import Objective
 
 HERE = Path(__file__).resolve().parent
@@ -85,20 +88,32 @@ def separate_step(
     images: torch.Tensor,
     targets: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    graphs: Graphs | None = None,
 ) -> None:
     """A step of each model, widest first, with its optimizer: labels, and the KL to the logits of the one before."""
-    objective, teacher = Objective(), None
+    lessons: tuple[torch.Tensor, ...] = ()
     for model, optimizer in models:
-        with autocast():
-            logits = model(images)
-            if teacher is None:
-                loss = objective.full(logits, targets, None)
-            else:
-                loss = objective.narrow(logits, targets, teacher, 1.0)
-        loss.backward()
+        call = partial(separate_pass, model, autocast)
+        run = call if graphs is None else partial(graphs, (id(model), len(lessons)), call)
+        lessons = run(images, targets, *lessons)
         optimizer.step()
-        optimizer.zero_grad()
-        teacher = logits.detach()
+        optimizer.zero_grad(set_to_none=graphs is None)
+
+
+def separate_pass(
+    model: torch.nn.Module,
+    autocast: Callable[[], AbstractContextManager[object]],
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    *teacher: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """Gradients of a stock model's loss as of a step's widest or narrower width; its logits."""
+    objective = Objective()
+    with autocast():
+        logits = model(images)
+        loss = objective.narrow(logits, targets, *teacher, 1.0) if teacher else objective.full(logits, targets)
+    loss.backward()
+    return (logits.detach(),)
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
@@ -110,20 +125,28 @@ def rounded(value: Any, digits: int = 4) -> Any:
     return round(value, digits) if isinstance(value, float) else value
 
 
-def describe() -> dict[str, Any]:
-    """Where and on what a measurement was taken."""
+def commit() -> str:
+    """What was measured: git's word, or GIT_COMMIT of the environment where the files came without their history."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
 
     def git(*words: str) -> str:
         run = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False)
         return run.stdout.strip()
 
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "src") else "")
+
+
+def describe() -> dict[str, Any]:
+    """Where and on what a measurement was taken."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "src") else ""),
+        "commit": commit(),
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
         "cores": len(names) or None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),

@@ -25,6 +25,7 @@ from torch._dynamo.utils import counters
 import slicevit
 from slicevit.compiling import allow_variants, compile_blocks
 from slicevit.costs import model_input_size, width_costs
+from slicevit.training.graphs import WARM_UP, Graphs
 from slicevit.training.objectives import Objective
 from slicevit.training.step import accumulate_gradients
 
@@ -40,6 +41,8 @@ class Bench:
         self.model = slicevit.create_model(args.model, args.grid, **kwargs).to(self.device).train()
         self.kwargs = kwargs
         self.optimizer = self.adamw(self.model)
+        self.graphs = Graphs(self.device) if args.cuda_graphs else None
+        self.hold_gradients(self.model)
         self.images = torch.randn(args.batch, *model_input_size(self.model), device=self.device)
         self.targets = torch.randint(self.model.num_classes, (args.batch,), device=self.device)
         self.macs = {width: width_costs(self.model, width).macs for width in self.model.widths}
@@ -52,6 +55,10 @@ class Bench:
     def adamw(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=self.device.type == "cuda")
 
+    def hold_gradients(self, model: torch.nn.Module) -> None:
+        if self.graphs is not None:
+            self.graphs.hold_gradients(model.parameters())
+
     def autocast(self) -> Any:
         return nullcontext() if self.args.amp == "off" else torch.autocast(self.device.type, torch.bfloat16)
 
@@ -62,16 +69,25 @@ class Bench:
             net = net.to(self.device).train()
             if self.args.compile:
                 compile_blocks(net, dynamic=False)
+            self.hold_gradients(net)
             self.separate[width] = net, self.adamw(net)
         return self.separate[width]
 
     def sliced_step(self, widths: tuple[Fraction, ...]) -> None:
-        accumulate_gradients(self.model, self.images, self.targets, widths, OBJECTIVE, autocast=self.autocast)
+        accumulate_gradients(
+            self.model, self.images, self.targets, widths, OBJECTIVE, autocast=self.autocast, graphs=self.graphs
+        )
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
+
+    def sliced_pass(self, width: Fraction) -> None:
+        """Forward and backward of one width, on labels."""
+        accumulate_gradients(
+            self.model, self.images, self.targets, (width,), OBJECTIVE, autocast=self.autocast, graphs=self.graphs
+        )
 
     def stock_steps(self, widths: tuple[Fraction, ...]) -> None:
-        common.separate_step(map(self.stock, widths), self.images, self.targets, self.autocast)
+        common.separate_step(map(self.stock, widths), self.images, self.targets, self.autocast, self.graphs)
 
     def timed(self, call: Any) -> float:
         """Milliseconds until the device is done."""
@@ -123,7 +139,11 @@ def measure(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Any], dic
     bench.wait()
     compiling = time.perf_counter() - compiling
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    bench.stock_steps(tuple({width: None for widths in walk for width in widths}))
+    for _ in range(WARM_UP):
+        for widths in dict.fromkeys(walk):
+            bench.sliced_step(widths)
+        bench.stock_steps(tuple({width: None for widths in walk for width in widths}))
+        bench.stock_steps((full,))
     if published:
         published(bench.images, bench.targets, 1)
     for turn, widths in enumerate(walk):
@@ -158,17 +178,11 @@ def utilisation(bench: Bench) -> dict[str, Any]:
     """Of every width: milliseconds forward and backward, and its share of the device's matrix rate (MFU)."""
     rate, rows = bench.device_rate(), {}
     for width in bench.model.widths:
-        ms = median(bench.timed(lambda width=width: one_pass(bench, width)) for _ in range(6))
+        for _ in range(WARM_UP):
+            bench.sliced_pass(width)
+        ms = median(bench.timed(lambda width=width: bench.sliced_pass(width)) for _ in range(6))
         rows[width] = {"ms": ms, "mfu": 3 * bench.macs[width] * bench.args.batch / (1e-3 * ms) / rate}
     return {"device, 1e12 MACs a second": rate / 1e12, "widths": rows}
-
-
-def one_pass(bench: Bench, width: Fraction) -> None:
-    with bench.model.backward_at(width) as net:
-        with bench.autocast():
-            loss = OBJECTIVE.full(net(bench.images), bench.targets, None)
-        loss.backward()
-    bench.model.zero_grad()
 
 
 def main() -> None:
@@ -178,6 +192,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--compile", action="store_true", help="compile each repeated block, on all sides")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay the passes, on all sides but the published")
     parser.add_argument("--small", action="store_true", help="28-pixel images and 128 channels, for a CPU")
     parser.add_argument("--published", type=Path, help="a clone of github.com/BeSpontaneous/Scala-pytorch")
     args = common.start(parser)
@@ -186,6 +201,8 @@ def main() -> None:
     figures["utilisation"] = utilisation(bench)
     first = bench.draws[0]
     bench.separate.clear()  # what is held from here on is the sliced model's alone
+    bench.graphs = None  # whose pool would count for every step
+    bench.optimizer.zero_grad()
     memory = {
         "sliced": bench.peak(lambda: bench.sliced_step(first)),
         "full width alone": bench.peak(lambda: bench.sliced_step(first[:1])),

@@ -10,6 +10,9 @@ import torch
 
 from slicevit import cli
 
+if torch.backends.cpu.get_cpu_capability() != "AVX512":  # where MKL's last bit depends on strides with one thread too
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thread each, and each of their children
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -28,7 +28,9 @@ from slicevit.evaluation.accuracy import correct_per_image
 from slicevit.evaluation.results import read_results
 from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.files import replacing, write_text
-from slicevit.training import runs
+from slicevit.tasks.segment import runs as segment_runs
+from slicevit.tasks.segment.config import SegmentConfig
+from slicevit.training import loop, runs
 from slicevit.training.config import TrainConfig
 from slicevit.training.keeper import NotFinite
 from slicevit.training.methods import is_separate, part_folder
@@ -40,9 +42,9 @@ NOT_FINITE = "not-finite.txt"
 
 
 class Job(NamedTuple):
-    """A run to be made, or gone on with, in `folder`."""
+    """A run to be made, or gone on with, in `folder`: of `slicevit train`, or `slicevit segment` as its config says."""
 
-    config: TrainConfig
+    config: TrainConfig | SegmentConfig
     folder: Path
 
 
@@ -90,7 +92,7 @@ def run_all(ready: Callable[[], Iterable[Job]], workers: int) -> list[Path]:
                 process, folder = running.pop(sentinel)
                 process.join()
                 if process.exitcode == 0:
-                    print(f"{folder.name} {mean_top1(folder):.2f}", flush=True)
+                    print(f"{folder.name} done", flush=True)
                 elif not stop.signum:
                     failed.append(folder)
                     print(f"{folder.name} failed", file=sys.stderr, flush=True)
@@ -103,18 +105,21 @@ def run_all(ready: Callable[[], Iterable[Job]], workers: int) -> list[Path]:
     return failed
 
 
-def _child(config: TrainConfig, folder: Path) -> None:
-    """The run, and which images it gets right, in a process that stops with its parent."""
+def _child(config: TrainConfig | SegmentConfig, folder: Path) -> None:
+    """The run, and which images a classifier gets right, in a process that stops with its parent."""
     os.setsid()  # Ctrl-C reaches the parent alone, which passes it on once
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    loop.LATENCY_SECONDS = 0.02  # which nobody reads here
     try:
         with open(os.devnull, "w") as quiet:
             console = Console(file=quiet)
+            made: Any = segment_runs if isinstance(config, SegmentConfig) else runs
             if (folder / "config.json").exists():
-                runs.resume(folder, console)
+                made.resume(folder, console)
             else:
-                runs.start(config, folder, console)
-        correct(folder)
+                made.start(config, folder, console)
+        if isinstance(config, TrainConfig):
+            correct(folder)
     except Interrupted as stop:
         sys.exit(stop.exit_status)
     except NotFinite as error:
@@ -174,6 +179,8 @@ def difference(one_SWN: np.ndarray, other_SWN: np.ndarray) -> list[float]:
 
 
 def stamp() -> dict[str, str]:
-    """What a result was made with."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    """What a result was made with; GIT_COMMIT of the environment names the commit where git cannot."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    commit = os.environ.get("GIT_COMMIT", git)
+    return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": device}

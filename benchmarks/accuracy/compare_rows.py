@@ -48,14 +48,15 @@ def _cpu(data: str) -> TrainConfig:
         grid=X13,
         crop="pad",
         eval_every=10_000,
-        device="cpu",
+        in_memory=True,
+        cuda_graphs=True,
         threads=1,
     )
 
 
 def _gpu(data: str) -> TrainConfig:
     """DeiT-S with patches of 8 on images of 64 pixels, DeiT's augmentation for every row."""
-    return replace(preset("tiny-imagenet"), data=data, grid=X13, eval_every=10_000, workers=8)
+    return replace(preset("tiny-imagenet"), data=data, grid=X13, eval_every=10_000, save_every=10, workers=8)
 
 
 _MAIN = ("separate", "separate-teacher", "usnet", "usnet-teacher", "autoformer", "matformer", "scala-x13", "scala-x4")

@@ -43,9 +43,8 @@ IMAGES = {"img_size": 32, "patch_size": 4, "in_chans": 3, "embed_dim": 192, "dep
 def config(args: argparse.Namespace, method: str, data: str) -> TrainConfig:
     """A run of `method` on `data`: the demo's recipe, on a ViT for images of 32 pixels in colour."""
     quiet = {"eval_every": 10_000, "threads": args.threads, "lr": args.lr, "epochs": args.epochs, "seed": 0}
-    return replace(
-        preset("fashion"), **(quiet | METHODS[method] | {"data": data, "model_args": IMAGES, "device": args.device})
-    )
+    quick = {"in_memory": True, "cuda_graphs": True, "device": args.device, "model_args": IMAGES}
+    return replace(preset("fashion"), **(quiet | quick | METHODS[method] | {"data": data}))
 
 
 def probe(args: argparse.Namespace, run: Path, data: str, out: Path, widths: tuple[str, ...]) -> list[ProbeResult]:

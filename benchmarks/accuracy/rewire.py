@@ -55,8 +55,8 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        quiet = {"eval_every": 10_000, "threads": 1, "device": args.device}
-        self.demo = replace(preset("fashion"), **quiet)
+        quick = {"eval_every": 10_000, "threads": 1, "device": args.device, "in_memory": True, "cuda_graphs": True}
+        self.demo = replace(preset("fashion"), **quick)
 
     def base(self, seed: int) -> Job:
         """The full width trained alone; the narrower ones are evaluated as they come out."""
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 is among them, for the search")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if 0 not in args.seeds:

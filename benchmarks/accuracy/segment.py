@@ -27,16 +27,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from common_runs import WIDTHS, Job, run_all, run_folder, stamp
 
-from slicevit.tasks.segment import runs
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.presets import preset as segment_preset
-from slicevit.tasks.segment.results import RESULTS, SegmentResult, read_segment_results
+from slicevit.tasks.segment.results import read_segment_results
 from slicevit.training.config import TrainConfig
 from slicevit.training.presets import preset
-from slicevit.training.signals import Interrupted
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "scala": {"grid": "1/4:1:1/4"},
@@ -50,7 +47,8 @@ def backbone_config(args: argparse.Namespace, method: str) -> TrainConfig:
     """A classifier's run: the demo's recipe, on a ViT for images of 64 pixels in colour."""
     given = {"data": args.pretrain_on, "model_args": VIT, "epochs": args.pretrain_epochs, "lr": args.pretrain_lr}
     quiet = {"eval_every": 10_000, "threads": args.threads, "device": args.device, "seed": 0}
-    return replace(preset("fashion"), **(given | quiet | BACKBONES[method]))
+    quick = {"in_memory": True, "cuda_graphs": True}
+    return replace(preset("fashion"), **(given | quiet | quick | BACKBONES[method]))
 
 
 def segment_config(args: argparse.Namespace, backbone: Path, method: Any, seed: int) -> SegmentConfig:
@@ -66,16 +64,11 @@ def segment_config(args: argparse.Namespace, backbone: Path, method: Any, seed: 
         seed=seed,
         eval_every=10_000,
         threads=args.threads,
+        workers=args.workers,
         device=args.device,
+        cuda_graphs=True,
         log_with=(),
     )
-
-
-def segment(config: SegmentConfig, folder: Path) -> list[SegmentResult]:
-    """The rows of a run, which is made, gone on with, or read."""
-    if (folder / RESULTS).exists():
-        return read_segment_results(folder)
-    return runs.resume(folder) if (folder / "config.json").exists() else runs.start(config, folder)
 
 
 def summary(figures: list[float]) -> dict[str, float]:
@@ -89,14 +82,15 @@ def main() -> None:
     parser.add_argument("--pretrain-on", required=True, help="a folder with train/ and val/ of class folders")
     parser.add_argument("--data", required=True, help="a folder with {train,test}/{images,masks}, as CamVid's")
     parser.add_argument("--work", type=Path, default=Path("runs/segment"))
-    parser.add_argument("--jobs", type=int, default=2, help="backbones trained at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time")
     parser.add_argument("--pretrain-epochs", type=float, default=20.0)
     parser.add_argument("--pretrain-lr", type=float, default=2e-3)
     parser.add_argument("--epochs", type=float, default=60.0)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--size", type=int, nargs=2, default=(192, 256))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1, help="of each backbone's run; segmenters run one at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images, of each segmenter")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -104,18 +98,20 @@ def main() -> None:
     jobs = [Job(backbone_config(args, method), folder) for method, folder in backbones.items()]
     if failed := run_all(lambda: jobs, args.jobs):
         sys.exit(f"failed: {', '.join(run.name for run in failed)}")
-    torch.set_num_threads(args.threads)
+    segmenters = {
+        (row, seed): Job(
+            segment_config(args, backbones[backbone], method, seed),
+            run_folder(args.work, f"segment {row}", args.lr, seed),
+        )
+        for seed in args.seeds
+        for row, (backbone, method) in ROWS.items()
+    }
+    if failed := run_all(segmenters.values, args.jobs):
+        sys.exit(f"failed: {', '.join(run.name for run in failed)}")
     found: dict[str, dict[str, list[float]]] = {row: {width: [] for width in WIDTHS} for row in ROWS}
-    for seed in args.seeds:
-        for row, (backbone, method) in ROWS.items():
-            config = segment_config(args, backbones[backbone], method, seed)
-            try:
-                results = segment(config, run_folder(args.work, f"segment {row}", args.lr, seed))
-            except Interrupted as stop:
-                print(stop, file=sys.stderr)
-                sys.exit(stop.exit_status)
-            for result in results:
-                found[row][result.width].append(result.miou)
+    for (row, _), job in segmenters.items():
+        for result in read_segment_results(job.folder):
+            found[row][result.width].append(result.miou)
     miou = {row: {width: summary(figures) for width, figures in widths.items()} for row, widths in found.items()}
     settings = {name: str(getattr(args, name)) for name in ("epochs", "lr", "pretrain_epochs", "seeds", "size")}
     line = json.dumps({"miou": miou, "settings": settings, **stamp()})

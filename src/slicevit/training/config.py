@@ -116,6 +116,8 @@ class TrainConfig:
     """On several ranks: each keeps its share of the optimizer's state (ZeRO stage 1)."""
     compile: bool = False
     """torch.compile by repeated block, once a width."""
+    cuda_graphs: bool = False
+    """Launch each width's pass as one CUDA graph; nothing changes on a CPU."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass."""
 
@@ -148,8 +150,10 @@ class TrainConfig:
     """Training images that BatchNorm statistics of every width are taken from, before each evaluation."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    save_every: int = 1
+    """Epochs between checkpoints; a stop by signal and the last epoch always save one."""
     checkpoint_steps: int = 0
-    """Steps between checkpoints, besides one an epoch; 0 is none."""
+    """Steps between checkpoints, besides those of epochs; 0 is none."""
     workers: int = 0
     """Processes that load images."""
     in_memory: bool = False
@@ -168,7 +172,7 @@ class TrainConfig:
         self.change()
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is not one of {', '.join(METHODS)}")
-        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every", "rewire_images"):
+        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every", "save_every", "rewire_images"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         if self.statistics_images < 2:
@@ -192,6 +196,9 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
         self._check_teacher()
         self._check_rewire()
+        if self.cuda_graphs and (self.grad_checkpointing or not self.learns_labels):
+            other = "--grad-checkpointing True" if self.grad_checkpointing else "--teacher-objective features"
+            raise ValueError(f"--cuda-graphs does not go with {other}: leave one of them out")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
 

@@ -114,15 +114,20 @@ class Run(Trainee):
         return (stop.signum or signal.SIGTERM) if asked else 0
 
     def _end_epoch(self, epoch: int, progress: TrainProgress) -> None:
-        self.keeper.save()
+        saves = self._is_due(epoch, self.config.save_every)
+        if saves:
+            self.keeper.save()
         if not self.ranks.from_main(lambda: any(row["epoch"] == epoch for row in self.keeper.metrics.rows)):
-            last = self.step >= self.total_steps
-            self._scores = self._scored() if last or (epoch + 1) % self.config.eval_every == 0 else {}
+            self._scores = self._scored() if self._is_due(epoch, self.config.eval_every) else {}
             means = mean_losses(merge_losses(self.ranks.gather(self.monitor.state_dict())))
-            self.ranks.from_main(lambda: self._record(epoch, means, progress))
+            self.ranks.from_main(lambda: self._record(epoch, means, progress, saves))
         self.monitor.reset()
 
-    def _record(self, epoch: int, means: dict[str, float], progress: TrainProgress) -> None:
+    def _is_due(self, epoch: int, every: int) -> bool:
+        """Whether what comes after `every` epochs, and after the last, comes after this one."""
+        return self.step >= self.total_steps or (epoch + 1) % every == 0
+
+    def _record(self, epoch: int, means: dict[str, float], progress: TrainProgress, saves: bool) -> None:
         rows: list[dict[str, Any]] = []
         for name in map(str, self.model.widths):
             row: dict[str, Any] = {"epoch": epoch, "step": self.step, "width": name}
@@ -131,7 +136,8 @@ class Run(Trainee):
                 scores = self._scores[name]
                 row |= {column: getattr(scores, column, None) for column in self.figures}
             rows.append(row)
-        checkpoint.save_weights(self.evaluated, self.folder)
+        if saves:
+            checkpoint.save_weights(self.evaluated, self.folder)
         self.keeper.metrics.append(rows)
         self.trackers.log(_figures(rows, self.figures) | {"data_wait": progress.data_wait()}, self.step)
         progress.say(f"{_epoch_line(epoch, rows, self.figures[0])}  (data wait {100 * progress.data_wait():.1f} %)")

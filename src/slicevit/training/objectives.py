@@ -56,7 +56,7 @@ class Objective:
     distillation: Distillation = "hard"
     teacher_share: float = 0.5
 
-    def full(self, output: Output, targets: Tensor, external_BK: Tensor | None) -> Tensor:
+    def full(self, output: Output, targets: Tensor, external_BK: Tensor | None = None) -> Tensor:
         """Loss of the widest width: labels on the class head, the external teacher (else labels) on the other."""
         class_BK, distilled_BK = heads(output)
         labels = label_loss(class_BK, targets, self.smoothing)
@@ -70,7 +70,7 @@ class Objective:
             taught = transfer_loss(distilled_BK, external_BK)
         return (1 - self.teacher_share) * labels + self.teacher_share * taught
 
-    def narrow(self, output: Output, targets: Tensor, teacher_BK: Tensor, weight: float) -> Tensor:
+    def narrow(self, output: Output, targets: Tensor, teacher_BK: Tensor, weight: float | Tensor) -> Tensor:
         """Loss of a narrower width: CE(class head, labels) + weight * KL(teacher || distillation head)."""
         class_BK, distilled_BK = heads(output)
         if self.transfer == "off":

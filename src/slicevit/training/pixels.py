@@ -23,13 +23,13 @@ class PixelObjective(Objective):
     term of zero. An external teacher is not known here: it answers for an image, not for its pixels.
     """
 
-    def full(self, output: Output, targets: Tensor, external_BK: Tensor | None) -> Tensor:
+    def full(self, output: Output, targets: Tensor, external_BK: Tensor | None = None) -> Tensor:
         """Loss of the widest width, from targets (B, H, W); a scalar."""
         if external_BK is not None:
             raise ValueError("an external teacher of classes has no answers for pixels")
         return pixel_loss(heads(output)[0], targets, self.smoothing)
 
-    def narrow(self, output: Output, targets: Tensor, teacher_BK: Tensor, weight: float) -> Tensor:
+    def narrow(self, output: Output, targets: Tensor, teacher_BK: Tensor, weight: float | Tensor) -> Tensor:
         """Loss of a narrower width, from targets (B, H, W) and the teacher's logits (B, K, H, W); a scalar."""
         logits_BKHW = heads(output)[0]
         if self.transfer == "off":

@@ -225,6 +225,7 @@ def tiny_imagenet() -> TrainConfig:
         warmup_epochs=5,
         amp="bf16",
         compile=True,
+        cuda_graphs=True,
         rand_augment="rand-m9-mstd0.5-inc1",
         **DEIT,
         rrc_scale=(0.3, 1.0),

@@ -18,6 +18,7 @@ from slicevit.training import setup
 from slicevit.training.config import TrainConfig
 from slicevit.training.distiller import Distiller
 from slicevit.training.feature_step import accumulate_feature_gradients
+from slicevit.training.graphs import Graphs
 from slicevit.training.initial import image_channels
 from slicevit.training.micro_batch import most_images
 from slicevit.training.monitor import LossMonitor
@@ -56,6 +57,7 @@ class Trainee:
         projections = self.distiller.projections if self.distiller is not None else None
         self.trained = [*self.model.parameters(), *(projections.parameters() if projections is not None else ())]
         self.gradients = SharedGradients(self.trained, self.ranks) if self.ranks.count > 1 else None
+        self.graphs = self._make_graphs() if self.config.cuda_graphs else None
         self.optimizer = setup.build_optimizer(self.config, self.model, self.ranks, projections)
         epoch_steps = self.loader.steps_per_epoch
         self.total_steps = max(1, round(self.config.epochs * epoch_steps))
@@ -65,6 +67,13 @@ class Trainee:
         self.monitor = LossMonitor(self.device)
         self.step = 0
         self._last_images: Tensor | None = None
+
+    def _make_graphs(self) -> Graphs:
+        if self.model.has_batch_norm:
+            raise ValueError("--cuda-graphs: BatchNorm statistics are not followed in a graph; leave it out")
+        graphs = Graphs(self.device)
+        graphs.hold_gradients(self.trained)
+        return graphs
 
     def _objective(self) -> Objective:
         config = self.config
@@ -137,7 +146,7 @@ class Trainee:
         if self.gradients is not None:
             self.gradients.zero()
         else:
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=self.graphs is None)
         if self.ema is not None:
             self.ema.update(self.model, self.step)
             self.ema.module.forget_statistics()
@@ -189,6 +198,7 @@ class Trainee:
             transfer_weight=weight,
             share=share,
             autocast=autocast,
+            graphs=self.graphs,
         )
 
     def widths_of(self, step: int) -> tuple[Fraction, ...]:
