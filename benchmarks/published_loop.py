@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import random
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def steps(clone: Path, model_name: str, device: torch.device) -> Callable[[torch
         warnings.simplefilter("ignore")
         engine = importlib.import_module("engine_scala")
         models = importlib.import_module("models_scala")
+    engine.random = SimpleNamespace(randint=lambda low, high: random.randint(int(low), int(high)))  # it gives floats
     model = getattr(models, f"{model_name}_scala")(num_classes=1000).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")

@@ -32,9 +32,9 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def small(grid: str = "1/4:1:1/4") -> slicevit.ElasticModel:
+def small(grid: str = "1/4:1:1/4", **kwargs: Any) -> slicevit.ElasticModel:
     torch.manual_seed(0)
-    return slicevit.create_model("vit_tiny_patch16_224", grid, **SMALL)
+    return slicevit.create_model("vit_tiny_patch16_224", grid, **SMALL, **kwargs)
 
 
 def gradients(model: slicevit.ElasticModel, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,6 +53,30 @@ def test_a_width_is_compiled_once_whatever_the_depth_and_nothing_falls_back() ->
         gradients(model, images)
     assert counters["stats"]["unique_graphs"] == 13
     assert not counters["graph_break"]
+
+
+def test_stochastic_depth_has_one_program_a_width_too() -> None:
+    """timm's blocks have a rate each, and the first none."""
+    model, images = small(drop_path_rate=0.3), torch.randn(4, 1, 28, 28)
+    model.compile_blocks(backend="aot_eager")
+    gradients(model, images)
+    assert counters["stats"]["unique_graphs"] == len(model.widths)
+    assert not counters["graph_break"]
+
+
+def test_compiled_stochastic_depth_drops_whole_paths_at_the_rate_of_the_block() -> None:
+    model = small(drop_path_rate=0.5)
+    model.compile_blocks(backend="aot_eager")
+    rates = []
+    for block in model.blocks:
+        x = torch.ones(4000, 2, 3)
+        dropped = block.drop_path1(x)
+        assert torch.equal(dropped, dropped[:, :1, :1].expand_as(x))
+        kept = dropped[:, 0, 0] != 0
+        rates.append(1 - kept.float().mean().item())
+        torch.testing.assert_close(dropped[kept][0, 0, 0].item(), 1 / (1 - block.drop_path1.drop_prob))
+    assert rates == pytest.approx([0.0, 0.25, 0.5], abs=0.05)
+    assert torch.equal(model.eval().blocks[2].drop_path1(x), x)
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:

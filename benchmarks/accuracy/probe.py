@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scala": {"grid": "1/4:1:1/8"},
     "separate": {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0},
 }
-IMAGES = {"img_size": 32, "patch_size": 4, "in_chans": 3, "embed_dim": 192, "depth": 6, "num_heads": 4}
+IMAGES = {"img_size": 32, "patch_size": 4, "in_chans": 3, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
 
 def config(args: argparse.Namespace, method: str, data: str) -> TrainConfig:

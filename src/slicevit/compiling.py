@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from timm.layers import DropPath
+from torch import Tensor, nn
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -25,9 +26,43 @@ def _is_stack(module: nn.Module) -> bool:
     return len({type(child) for child in children}) == 1 and any(True for _ in children[0].parameters())
 
 
+class _DropPath(DropPath):
+    """timm's stochastic depth with its rate in a tensor. A number would be a constant of the program: one a block."""
+
+    keep: Tensor
+
+    def __init__(self, rate: float, scale_by_keep: bool):
+        super().__init__(rate, scale_by_keep)
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.bernoulli(self.keep.expand(len(x), *[1] * (x.ndim - 1)))
+        return x * (kept / self.keep if self.scale_by_keep else kept).to(x.dtype)
+
+
+def _share_drop_paths(blocks: list[nn.Module], device: torch.device) -> None:
+    """Let blocks differ in tensors alone: timm's first has no stochastic depth, the others a rate of their own."""
+    paths = {name: part for block in blocks for name, part in block.named_modules() if isinstance(part, DropPath)}
+    for block in blocks:
+        for name, like in paths.items():
+            owner, _, child = name.rpartition(".")
+            part = getattr(block.get_submodule(owner), child, None)
+            if isinstance(part, (DropPath, nn.Identity)):
+                rate = float(part.drop_prob or 0.0) if isinstance(part, DropPath) else 0.0
+                setattr(block.get_submodule(owner), child, _DropPath(rate, like.scale_by_keep).to(device))
+
+
 def compile_blocks(module: nn.Module, **options: Any) -> None:
-    """Compile every repeated block of `module` in place; `options` are those of torch.compile."""
-    for block in repeated_blocks(module):
+    """Compile every repeated block of `module` in place; `options` are those of torch.compile.
+
+    Stochastic depth draws as timm's does, but other numbers.
+    """
+    blocks = repeated_blocks(module)
+    devices = [parameter.device for parameter in module.parameters() if not parameter.is_meta]
+    _share_drop_paths(blocks, devices[0] if devices else torch.device("cpu"))
+    for block in blocks:
         block.compile(**options)
 
 

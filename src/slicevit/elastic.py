@@ -290,6 +290,7 @@ class ElasticModel(nn.Module):
             if legal not in self._skeletons:
                 self._skeletons[legal] = self._build_skeleton(legal)
                 self._compile(self._skeletons[legal].module)
+                skeletons.match_buffers(skeletons.paired_buffers(self._skeletons[legal].module, self._full))
             return self._skeletons[legal]
 
     def subnet(self, width: Width) -> nn.Module:
