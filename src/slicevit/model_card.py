@@ -44,7 +44,7 @@ arXiv 2412.04786).
 """
 
 _STOCK = """timm alone loads the full width: `timm.create_model("hf-hub:{name}", pretrained=True)`."""
-_OWN = """With `import slicevit` timm loads the full width too: `timm.create_model("hf-hub:{name}", pretrained=True)`."""
+_OWN = """After `import slicevit` timm loads the full width: `timm.create_model("hf-hub:{name}", pretrained=True)`."""
 _CHANGED = """Its LayerNorm epsilon is not timm's: for timm alone, cut a width out with `slicevit export`."""
 
 

@@ -38,8 +38,9 @@ class UniFormer(UniFormerTrunk):
         num_heads: heads of the stages' attention; 0 for a stage of local relations.
         mlp_ratio: hidden channels of an FFN over those of its stage.
         qkv_bias: whether queries, keys and values have a bias.
-        drop_rate, proj_drop_rate, attn_drop_rate: rates of dropout in front of the head, behind projections and in
-            FFNs, and of attention weights.
+        drop_rate: rate of dropout in front of the head.
+        proj_drop_rate: of dropout behind projections and in FFNs.
+        attn_drop_rate: of dropout of attention weights.
         drop_path_rate: rate at which a branch of the last block is left out; it grows from 0 block by block.
 
     Raises ValueError for stages that do not fit together.
@@ -80,7 +81,8 @@ class HourglassUniFormer(UniFormerTrunk):
     Args:
         keep_rate: share of the tokens that go through a block, more than 0 and at most 1.
         score_rate: how much of a token's score is its last attention, and not the score before; 0 to 1.
-        others: as of `UniFormer`.
+
+    The other arguments are those of `UniFormer`.
 
     Raises ValueError for stages that do not fit together, and for rates out of bounds.
     """
