@@ -116,6 +116,6 @@ class HourglassStage(Stage):
             return self.run_blocks((self.downsample(x), self.cls_token.repeat(x.shape[0], 1, 1), None))
         x_BCHW, class_B1C, scores_BN = x
         assert scores_BN is not None
-        coarse_BN = F.avg_pool2d(scores_BN.unflatten(1, x_BCHW.shape[-2:]), 2).flatten(1)
+        coarse_BN = F.avg_pool2d(scores_BN.unflatten(1, (1, *x_BCHW.shape[-2:])), 2).flatten(1)
         coarse_BN = coarse_BN * (scores_BN.sum(dim=1, keepdim=True) / coarse_BN.sum(dim=1, keepdim=True))
         return self.run_blocks((self.downsample(x_BCHW), self.cls_proj(class_B1C), coarse_BN))
