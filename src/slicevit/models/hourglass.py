@@ -70,7 +70,7 @@ class HourglassBlock(GlobalBlock):
         return x_BNC.transpose(1, 2).reshape(x_BCHW.shape), class_B1C, scores_BN
 
     def _shrink_and_recover(self, class_B1C: Tensor, x_BNC: Tensor, scores_BN: Tensor, kept: int) -> Scored:
-        order_BN = scores_BN.argsort(dim=1, descending=True)
+        order_BN = scores_BN.topk(x_BNC.shape[1], dim=1).indices  # a sort, as ExecuTorch has one
         order_BNC = order_BN.unsqueeze(-1).expand_as(x_BNC)
         high, low = slice(None, kept), slice(kept, None)
         x_BNC, scores_BN = x_BNC.gather(1, order_BNC), scores_BN.gather(1, order_BN)
