@@ -198,10 +198,49 @@ TABLES: dict[str, dict[str, str]] = {
     },
 }
 
+_BATCH_NORM = {  # of every BatchNorm; the running statistics of a narrow width are its own, this is their shape
+    r"(norm|stages\.\d+\.downsample\.norm[12]|stages\.[01]\.blocks\.\d+\.norm[12])"
+    r"\.(weight|bias|running_mean|running_var)": "c",
+    r".*\.num_batches_tracked": "",
+}
+_UNIFORMER = {
+    **_BATCH_NORM,
+    r"stages\.[1-3]\.downsample\.proj\.weight": "c c - -",
+    r"stages\.\d+\.downsample\.(proj\.bias|norm\.weight|norm\.bias)": "c",
+    r"stages\.\d+\.blocks\.\d+\.pos_conv\.weight": "c - - -",
+    r"stages\.\d+\.blocks\.\d+\.pos_conv\.bias": "c",
+    r"stages\.[01]\.blocks\.\d+\.attn\.affinity\.weight": "c - - -",
+    r"stages\.[01]\.blocks\.\d+\.(attn\.value|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight": "c c - -",
+    r"stages\.[01]\.blocks\.\d+\.(attn\.(value|affinity|proj)|mlp\.fc[12])\.bias": "c",
+    r"stages\.[23]\.blocks\.\d+\.norm[12]\.(weight|bias)": "c",
+    r"stages\.[23]\.blocks\.\d+\.attn\.qkv\.weight": "qkv c",
+    r"stages\.[23]\.blocks\.\d+\.attn\.qkv\.bias": "qkv",
+    r"stages\.[23]\.blocks\.\d+\.attn\.proj\.weight": "c heads",
+    r"stages\.[23]\.blocks\.\d+\.mlp\.fc[12]\.weight": "c c",
+    r"stages\.[23]\.blocks\.\d+\.(attn\.proj|mlp\.fc[12])\.bias": "c",
+    r"head\.fc\.weight": "- c",
+    r"head\.fc\.bias": "-",
+}
+UNIFORMER_TABLES = {
+    "uniformer_small": {**_UNIFORMER, r"stages\.0\.downsample\.proj\.weight": "c - - -"},
+    "uniformer_xs": {
+        **_UNIFORMER,
+        r"stages\.0\.downsample\.conv1\.weight": "c - - -",
+        r"stages\.0\.downsample\.conv2\.weight": "c c - -",
+        r"stages\.0\.downsample\.conv[12]\.bias": "c",
+        r"stages\.2\.cls_token": "- - c",
+        r"stages\.3\.cls_proj\.weight": "c c",
+        r"stages\.3\.cls_proj\.bias": "c",
+        r"norm_cls\.(weight|bias)": "c",
+        r"head_cls\.weight": "- c",
+        r"head_cls\.bias": "-",
+    },
+}
+
 
 def words_of(table: str, name: str) -> list[str]:
     """The words of a parameter's axes; exactly one entry of the table must know the name."""
-    found = [words for pattern, words in TABLES[table].items() if re.fullmatch(pattern, name)]
+    found = [words for pattern, words in (TABLES | UNIFORMER_TABLES)[table].items() if re.fullmatch(pattern, name)]
     assert len(found) == 1, f"{table}: {name} is described {len(found)} times"
     return found[0].split()
 

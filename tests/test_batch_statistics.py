@@ -80,11 +80,18 @@ def stock_tiny_vit(width: Fraction) -> nn.Module:
     return timm.create_model("tiny_vit_5m_224", embed_dims=dims, **TINY)
 
 
+def stock_uniformer(name: str) -> Callable[[Fraction], nn.Module]:
+    return lambda width: timm.create_model(name, **UNI | {"embed_dims": tuple(int(dim * width) for dim in DIMS)})
+
+
+UNI: dict[str, Any] = {"depths": (1, 1, 2, 2), "num_heads": (0, 0, 2, 2), "embed_dims": DIMS, "num_classes": 5}
 TINY: dict[str, Any] = {"depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "num_classes": 5}
 CASES: dict[str, tuple[Callable[[Fraction], nn.Module], dict[str, Any]]] = {
     "mobilenetv2_100": (stock_mobilenet, {"num_classes": 5}),
     "swiftformer_xs": (stock_swift, SWIFT),
     "tiny_vit_5m_224": (stock_tiny_vit, TINY | {"embed_dims": (16, 32, 32, 64)}),
+    "uniformer_small": (stock_uniformer("uniformer_small"), UNI),
+    "uniformer_xs": (stock_uniformer("uniformer_xs"), UNI),
 }
 
 

@@ -38,6 +38,17 @@ def test_mobilenet_v2_has_the_published_costs() -> None:
     assert (costs.channels, costs.params, costs.macs // 10**6) == (1280, params, 300)
 
 
+@pytest.mark.parametrize(
+    ("name", "pixels", "millions", "gmacs"),
+    [("uniformer_small", 224, 22, 3.6), ("uniformer_xs", 192, 16.5, 1.4), ("uniformer_xs", 224, 16.5, 2.0)],
+)
+def test_uniformers_have_the_published_costs(name: str, pixels: int, millions: float, gmacs: float) -> None:
+    """Of github.com/Sense-X/UniFormer, image_classification/README.md; its fvcore counts norms too, 2 % here."""
+    costs = width_costs(slicevit.create_model(name, grid="1/2:1:1/2"), "1", (3, pixels, pixels))
+    assert costs.params / 1e6 == pytest.approx(millions, abs=0.5 if millions == 22 else 0.05)
+    assert costs.macs / 1e9 == pytest.approx(gmacs, abs=0.07)
+
+
 # name, arguments, pixels
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("deit_tiny_patch16_224", {"depth": 2, "img_size": 64}, 64),
@@ -47,6 +58,8 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (3, 6), "img_size": 56}, 56),
     ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 64),
     ("mobilenetv2_100", {}, 64),
+    ("uniformer_small", {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 2, 2), "num_heads": (0, 0, 5, 8)}, 64),
+    ("uniformer_xs", {"embed_dims": (16, 32, 64, 64), "depths": (1, 1, 2, 2), "num_heads": (0, 0, 4, 4)}, 64),
 ]
 
 

@@ -55,6 +55,13 @@ def test_nine_of_ten_transformers_mixers_hybrids_and_convnexts_are_sliceable() -
     assert sliceable >= 0.9 * counted
 
 
+def test_our_own_models_are_in_the_list_and_not_in_the_share() -> None:
+    own = [entry for entry in TABLE if not registry.is_timms(entry.name)]
+    assert [(entry.name, entry.kind) for entry in own] == [("uniformer_small", "hybrid"), ("uniformer_xs", "hybrid")]
+    assert registry.share(own) == (0, 0)
+    assert registry.share(TABLE) == registry.share([entry for entry in TABLE if entry not in own]) == (715, 789)
+
+
 def test_every_family_has_a_sliceable_architecture_and_every_entry_a_grid_or_a_reason() -> None:
     assert {entry.model for entry in SLICEABLE} >= set(families._FAMILIES)
     assert all(bool(entry.grid) != bool(entry.reason) for entry in TABLE)

@@ -4,6 +4,7 @@ from slicevit.version import __version__, check_installed
 
 check_installed()
 
+from slicevit import models  # registers them with timm
 from slicevit.calibration import calibrate
 from slicevit.checkpoint import from_pretrained
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
@@ -26,6 +27,7 @@ __all__ = [
     "from_pretrained",
     "load_scala_checkpoint",
     "measure_importance",
+    "models",
     "register_family",
     "rewire",
 ]

@@ -253,7 +253,7 @@ USUAL = (
     _usual("SwinTransformerV2Cr", channels=("embed_dim",), PatchMerging=_PATCH_MERGING),
     _usual("CrossVit", channels=("embed_dim",), CrossAttention=_CROSS_ATTENTION | {"proj.weight": HEAD_INPUTS}),
     _usual("VOLO", channels=("embed_dims", "stem_hidden_dim"), OutlookAttention=_OUTLOOK),
-    _usual("Twins", "FastVit", "SwiftFormer", channels=("embed_dims",)),
+    _usual("Twins", "FastVit", "SwiftFormer", "UniFormer", "HourglassUniFormer", channels=("embed_dims",)),
     _usual("Nest", channels=("embed_dims",), Attention=_linear("qkv", QKV)),  # its heads come out channel by channel
     _usual("EfficientFormer", "EfficientFormerV2", channels=("embed_dims",), Attention={}, Attention2d={}),
     _usual("DaVit", channels=("embed_dims",), ChannelAttentionV2=_BY_GROUPS),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from slicevit.costs import width_costs
 from slicevit.files import write_text
+from slicevit.registry import is_timms
 
 if TYPE_CHECKING:
     from slicevit.elastic import ElasticModel
@@ -43,6 +44,7 @@ arXiv 2412.04786).
 """
 
 _STOCK = """timm alone loads the full width: `timm.create_model("hf-hub:{name}", pretrained=True)`."""
+_OWN = """After `import slicevit` timm loads the full width: `timm.create_model("hf-hub:{name}", pretrained=True)`."""
 _CHANGED = """Its LayerNorm epsilon is not timm's: for timm alone, cut a width out with `slicevit export`."""
 
 
@@ -84,13 +86,14 @@ def model_card(model: ElasticModel, config: dict[str, Any], name: str | None = N
     described = config["slicevit"]
     channels, height, width_px = config["pretrained_cfg"]["input_size"]
     settings = ", ".join(f"{key} `{described[key]}`" for key in ("layout", "isolation", "attn_scale", "heads", "scope"))
+    stock = _STOCK if is_timms(config["architecture"]) else _OWN
     return _CARD.format(
         architecture=config["architecture"],
         grid=described["grid"],
         classes=config["num_classes"],
         size=f"{height} x {width_px} pixels, {channels} channel{'s' if channels > 1 else ''}",
         name=name or "owner/name",
-        timm=_STOCK.format(name=name or "owner/name") if model.settings.norm_eps is None else _CHANGED,
+        timm=stock.format(name=name or "owner/name") if model.settings.norm_eps is None else _CHANGED,
         smallest=model.widths[0],
         widths=", ".join(map(str, model.widths)),
         table=_section(rows),

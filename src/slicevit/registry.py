@@ -1,4 +1,4 @@
-"""Every architecture that timm registers: what it is, and the finest grid of widths that slices it, or why none does.
+"""Every architecture that timm knows: what it is, and the finest grid of widths that slices it, or why none does.
 
 Models are built with their parameters on `meta`; nothing is computed.
 """
@@ -39,8 +39,8 @@ _CLASSES: dict[Kind, str] = {
     "mixer": "MlpMixer Sequencer2d",
     "hybrid": """
         CPUBone CSATv2 CoaT EdgeNeXt EfficientFormer EfficientFormerV2 EfficientViM EfficientViMDistilled EfficientVit
-        EfficientVitLarge EfficientVitMsra FastVit IFormer Levit LevitDistilled LowFormer MambaOut MaxxVit MetaFormer
-        MobileNetV5 MobileNetV5Encoder NextViT SHViT SwiftFormer TinyVit Visformer""",
+        EfficientVitLarge EfficientVitMsra FastVit HourglassUniFormer IFormer Levit LevitDistilled LowFormer MambaOut
+        MaxxVit MetaFormer MobileNetV5 MobileNetV5Encoder NextViT SHViT SwiftFormer TinyVit UniFormer Visformer""",
     "convnext": "ConvNeXt",
 }
 _KIND_OF: dict[str, Kind] = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
@@ -49,7 +49,7 @@ _FINEST = 32
 
 @dataclass(frozen=True)
 class Architecture:
-    """One name of timm's registry.
+    """One name of timm's registry, in which slicevit's own models are too.
 
     model: the class. kind: what it is; "other" is not counted. grid: the finest of those looked at on which it is
     sliceable, or "". reason: why on none, or "".
@@ -152,13 +152,18 @@ def representatives(architectures: list[Architecture]) -> dict[str, str]:
     return names
 
 
+def is_timms(name: str) -> bool:
+    """Whether timm itself has the architecture `name`, and not a package that registers it, as slicevit does."""
+    return timm.model_entrypoint(name).__module__.startswith("timm.")
+
+
 def _widths(entry: Architecture) -> list[Fraction]:
     return list(WidthGrid.parse(entry.grid)) if entry.grid else []
 
 
 def share(architectures: list[Architecture]) -> tuple[int, int]:
-    """(sliceable, all) of the architectures that are counted."""
-    counted = [entry for entry in architectures if entry.kind in COUNTED]
+    """(sliceable, all) of the architectures that are counted, which are timm's alone."""
+    counted = [entry for entry in architectures if entry.kind in COUNTED and is_timms(entry.name)]
     return sum(bool(entry.grid) for entry in counted), len(counted)
 
 

@@ -23,6 +23,7 @@ HYBRIDS = {
     "tiny_vit_5m_224": [
         *("depths=(1,1,1,1)", "num_heads=(2,2,2,2)", "embed_dims=(16,32,32,64)"),
     ],
+    "uniformer_xs": ["depths=(1,1,2,1)", "num_heads=(0,0,2,2)", "embed_dims=(16,16,32,32)"],
 }
 WIDTHS = ("1/4", "1/2", "3/4", "1")
 

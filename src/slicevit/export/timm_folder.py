@@ -18,6 +18,7 @@ from slicevit.data import TransformConfig, preprocessing
 from slicevit.elastic import ElasticModel
 from slicevit.export.artefact import Target
 from slicevit.export.check import Predictor
+from slicevit.registry import is_timms
 from slicevit.widths import Width
 
 _RESIDUAL_WRITERS = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
@@ -91,10 +92,13 @@ TARGET = Target(files=(WEIGHTS, CONFIG, CARD), load=_load)
 
 
 def _card(architecture: str, width: Fraction, name: str) -> str:
+    what, imports = "a plain timm model", "import timm"
+    if not is_timms(architecture):
+        what, imports = "its architecture is slicevit's", "import slicevit  # registers it\nimport timm"
     return (
         f"---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [timm, slicevit]\n---\n"
-        f"# {architecture} at width {width}\n\nCut out of a sliceable model by slicevit; a plain timm model.\n\n"
-        f'```python\nimport timm\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True)\n```\n'
+        f"# {architecture} at width {width}\n\nCut out of a sliceable model by slicevit; {what}.\n\n"
+        f'```python\n{imports}\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True)\n```\n'
     )
 
 
