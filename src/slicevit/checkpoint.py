@@ -31,6 +31,8 @@ from slicevit.saved_statistics import STATISTICS, read_statistics, write_statist
 from slicevit.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+SEGMENTATION = "segmentation"
+COMMANDS = {SEGMENTATION: "segment"}  # the sub-command that makes models of a task; those of none are classifiers
 
 
 def save_pretrained(
@@ -127,8 +129,13 @@ def is_hub_name(text: str) -> bool:
 def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
     """(config.json, path of the weights) of a folder, or of a Hub repository such as "owner/name".
 
-    Raises ValueError when there is no such folder or repository, or a file in it is missing or broken.
+    Raises ValueError when there is no such folder or repository, a file in it is missing or broken, or it is no
+    classifier.
     """
+    if task := task_of(folder_or_id):
+        raise ValueError(
+            f"{folder_or_id} is a run of slicevit {COMMANDS.get(task, task)}, not a classifier of slicevit train"
+        )
     folder = Path(folder_or_id)
     if folder.is_dir():
         paths = folder / CONFIG, folder / WEIGHTS
@@ -153,6 +160,14 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
     return config, paths[1]
 
 
+def task_of(run: str | Path) -> str | None:
+    """What the model in a folder is for, a key of `COMMANDS`; None for a classifier, and where there is no model."""
+    try:
+        return json.loads(Path(run, CONFIG).read_text(encoding="utf-8"))["slicevit"].get("task")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whoever reads the model says what is wrong
+        return None
+
+
 def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
     """The model that `save_pretrained` or `push_to_hub` wrote, in eval mode.
 
@@ -165,11 +180,6 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
     config, weights = read_config(folder_or_id)
     if "slicevit" not in config:
         raise ValueError(f"{folder_or_id} is not a slicevit model: its {CONFIG} has no 'slicevit' entry")
-    if "task" in config["slicevit"]:
-        raise ValueError(
-            f"{folder_or_id} is a run of slicevit segment, not a classifier: "
-            "slicevit.tasks.segment.initial.load_segmenter reads it"
-        )
     try:
         names = ("grid", *(field.name for field in fields(SliceSettings)))
         arguments = {name: config["slicevit"][name] for name in names}

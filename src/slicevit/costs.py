@@ -65,6 +65,9 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
 
 def model_input_size(model: ElasticModel) -> tuple[int, int, int]:
     """(C, H, W) of the images that the model takes."""
+    if own := getattr(model, "image_shape", None):
+        shape: tuple[int, int, int] = own  # of a model of ours, which has no configuration of timm's
+        return shape
     channels, height, width = model.pretrained_cfg["input_size"]
     patch_embed: Any = getattr(model, "patch_embed", None)
     if getattr(patch_embed, "img_size", None):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -53,3 +56,16 @@ def saved_backbone(folder: Path, **options: Any) -> Path:
     arguments = MODEL_ARGS | {"img_size": 24, "num_classes": 5} | options
     save_pretrained(slicevit.create_model("vit_tiny_patch16_224", "1/4:1:1/4", **arguments), folder)
     return folder
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], None], status: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    captured = capsys.readouterr()
+    assert stop.value.code == status, captured
+    return captured.err.splitlines()[-1]

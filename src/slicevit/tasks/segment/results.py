@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.table import Table
 
 from slicevit.costs import width_costs
+from slicevit.dense.saved import Recipe
 from slicevit.elastic import ElasticModel
 from slicevit.evaluation.results import to_csv, widths_table
 from slicevit.evaluation.segmentation import SegmentationScore
 from slicevit.files import write_text
-from slicevit.tasks.segment.initial import Recipe
 
 RESULTS = "results.json"
 
@@ -61,7 +61,7 @@ def segment_rows(
     """A row for each width of `scores`, narrowest first."""
     rows = []
     for name, score in sorted(scores.items(), key=lambda item: Fraction(item[0])):
-        costs = width_costs(model, name, (recipe.in_chans, *recipe.size))
+        costs = width_costs(model, name)
         rows.append(
             SegmentResult(
                 model=recipe.backbone,
@@ -97,7 +97,9 @@ def read_segment_results(folder: Path) -> list[SegmentResult]:
         raise ValueError(f"{path} is broken ({error}): delete it and go on with the run") from None
 
 
-def segment_table(rows: Sequence[SegmentResult], title: str) -> Table:
+def segment_table(
+    rows: Sequence[SegmentResult], title: str, trained: Callable[[SegmentResult], bool] = lambda row: True
+) -> Table:
     """The results for a terminal, 80 columns wide, narrowest width first."""
     scores = {"mIoU\n%": lambda row: f"{row.miou:.2f}", "Pixels\n%": lambda row: f"{row.pixel_accuracy:.2f}"}
-    return widths_table(rows, title, scores)
+    return widths_table(rows, title, scores, trained)

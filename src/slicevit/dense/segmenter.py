@@ -15,9 +15,9 @@ import timm
 from torch import Tensor, nn
 
 from slicevit import constructors, skeletons
+from slicevit.dense.mask_transformer import STRUCTURE, MaskTransformer
+from slicevit.dense.semantic_fpn import STRIDES, SemanticFpn, resized
 from slicevit.families import Family, Heads, Scope, family_of
-from slicevit.tasks.segment.mask_transformer import STRUCTURE, MaskTransformer
-from slicevit.tasks.segment.semantic_fpn import STRIDES, SemanticFpn, resized
 from slicevit.widths import channels as channels_at
 
 Arguments = dict[str, Any]
@@ -42,6 +42,9 @@ class Segmenter(nn.Module):
         decoder: fpn or mask-transformer.
         heads: of the mask transformer.
 
+    Attributes:
+        image_shape: (C, H, W) of the images.
+
     Raises ValueError when the backbone gives no feature maps.
     """
 
@@ -61,6 +64,8 @@ class Segmenter(nn.Module):
         self.backbone = made
         self.num_classes, self.size = num_classes, tuple(size)
         self.embed_dim = int(made.num_features)
+        channels_in = next(parameter.shape[1] for parameter in made.parameters() if parameter.ndim == 4)
+        self.image_shape = (int(channels_in), *self.size)
         self.indices, self.single = picked_levels(made)
         self.pyramid = decoder == "fpn"
         if not self.pyramid:
