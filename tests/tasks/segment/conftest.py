@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from segmenting import FLAGS, MODEL_FLAGS, write_pairs
+from mask_files import write_pairs
+from segmenting import FLAGS, MODEL_FLAGS
 
 from slicevit import cli
 

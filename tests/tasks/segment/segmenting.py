@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import slicevit
 from slicevit.checkpoint import save_pretrained
@@ -25,29 +23,6 @@ FLAGS = [
     *("--epochs", "4", "--batch-size", "4", "--lr", "4e-3", "--warmup-epochs", "0", "--scale", "1", "1"),
     *("--eval-every", "2", "--device", "cpu", "--log-with"),
 ]
-
-
-def draw_pair(draw: np.random.Generator, height: int = 32, width: int = 48) -> tuple[Image.Image, Image.Image]:
-    """A picture of three bands of brightness at chance heights, and its mask; a column of void at the left."""
-    edges = sorted(int(edge) for edge in draw.integers(4, height - 4, 2))
-    mask = np.zeros((height, width), np.uint8)
-    mask[edges[0] :], mask[edges[1] :] = 1, 2
-    pixels = 40 + 85 * mask[..., None].astype(int) + draw.integers(-20, 20, (height, width, 3))
-    mask[:, :3] = 11
-    return Image.fromarray(pixels.astype(np.uint8)), Image.fromarray(mask)
-
-
-def write_pairs(folder: Path, splits: dict[str, int]) -> Path:
-    """Folders SPLIT/images and SPLIT/masks with so many pairs each."""
-    draw = np.random.default_rng(0)
-    for split, count in splits.items():
-        for part in ("images", "masks"):
-            (folder / split / part).mkdir(parents=True)
-        for number in range(count):
-            image, mask = draw_pair(draw)
-            image.save(folder / split / "images" / f"{number}.jpg")
-            mask.save(folder / split / "masks" / f"{number}.png")
-    return folder
 
 
 def saved_backbone(folder: Path, **options: Any) -> Path:

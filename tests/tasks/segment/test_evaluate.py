@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from segmenting import refused, table, write_pairs
+from mask_files import write_pairs
+from segmenting import refused, table
 
 from slicevit import cli
 
