@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -31,7 +31,7 @@ from slicevit.saved_statistics import STATISTICS, read_statistics, write_statist
 from slicevit.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-SEGMENTATION = "segmentation"
+SEGMENTATION: Final = "segmentation"
 COMMANDS = {SEGMENTATION: "segment"}  # the sub-command that makes models of a task; those of none are classifiers
 
 

@@ -105,6 +105,21 @@ def read_results(folder: Path | str) -> list[WidthResult]:
         raise ValueError(f"{path} is broken ({error}): delete it and evaluate the run again") from error
 
 
+def read_figures(folder: Path | str, column: str) -> dict[Fraction, float]:
+    """Width -> what it scored, in per cent: this column of results.json, of whatever task.
+
+    Raises:
+        ValueError: the file is missing or broken.
+    """
+    path = Path(folder, "results.json")
+    try:
+        return {Fraction(row["width"]): float(row[column]) for row in json.loads(path.read_text(encoding="utf-8"))}
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: evaluate the run first") from error
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is broken ({error}): delete it and evaluate the run again") from error
+
+
 def _width_result(row: Any) -> WidthResult:
     row = dict(row, loss=math.nan) if row["loss"] is None else row
     result = WidthResult(**row)

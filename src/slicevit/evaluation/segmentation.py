@@ -130,6 +130,21 @@ def whole_logits(predictor: Predictor, images_BCHW: Tensor, window: tuple[int, i
     return F.interpolate(mean_BKHW, size=size, mode="bilinear", align_corners=False)
 
 
+def class_map(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class (B, *size) of the largest logit once these are resized to `size`; class by class, to save memory."""
+    best_BHW: Tensor | None = None
+    classes_BHW = torch.zeros(len(logits_BKHW), *size, dtype=torch.long, device=logits_BKHW.device)
+    for index, logits_B1HW in enumerate(logits_BKHW.split(1, dim=1)):
+        resized_BHW = F.interpolate(logits_B1HW, size=size, mode="bilinear", align_corners=False)[:, 0]
+        if best_BHW is None:
+            best_BHW = resized_BHW
+            continue
+        larger_BHW = resized_BHW > best_BHW
+        classes_BHW[larger_BHW] = index
+        best_BHW = torch.maximum(best_BHW, resized_BHW)
+    return classes_BHW
+
+
 def cut_windows(images_BCHW: Tensor, window: tuple[int, int]) -> list[Tensor]:
     """The windows (B, C, h, w) that cover images of any size, row by row; views, unless an image had to be padded."""
     height, width = images_BCHW.shape[2:]
