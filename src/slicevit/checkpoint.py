@@ -32,7 +32,9 @@ from slicevit.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 SEGMENTATION: Final = "segmentation"
-COMMANDS = {SEGMENTATION: "segment"}  # the sub-command that makes models of a task; those of none are classifiers
+DETECTION: Final = "detection"
+COMMANDS = {SEGMENTATION: "segment", DETECTION: "detect"}  # what makes models of a task; those of none are classifiers
+KINDS = {SEGMENTATION: "segmenter", DETECTION: "detector"}
 
 
 def save_pretrained(
@@ -132,10 +134,7 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
     Raises ValueError when there is no such folder or repository, a file in it is missing or broken, or it is no
     classifier.
     """
-    if task := task_of(folder_or_id):
-        raise ValueError(
-            f"{folder_or_id} is a run of slicevit {COMMANDS.get(task, task)}, not a classifier of slicevit train"
-        )
+    require_classifier(folder_or_id)
     folder = Path(folder_or_id)
     if folder.is_dir():
         paths = folder / CONFIG, folder / WEIGHTS
@@ -166,6 +165,12 @@ def task_of(run: str | Path) -> str | None:
         return json.loads(Path(run, CONFIG).read_text(encoding="utf-8"))["slicevit"].get("task")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whoever reads the model says what is wrong
         return None
+
+
+def require_classifier(run: str | Path) -> None:
+    """Raise ValueError when the folder holds a model of another task."""
+    if task := task_of(run):
+        raise ValueError(f"{run} is a run of slicevit {COMMANDS.get(task, task)}, not a classifier of slicevit train")
 
 
 def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:

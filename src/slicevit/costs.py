@@ -56,7 +56,7 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        output = on_meta(image)
+        output = getattr(on_meta, "raw", on_meta)(image)  # of a detector, what comes before boxes are picked
     del output
     return Costs(
         int(embed_dim), params, counter.get_total_flops() // 2, sum(storage.nbytes() for storage in kept.values())

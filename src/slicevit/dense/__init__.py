@@ -1,1 +1,1 @@
-"""Models that answer for every pixel: decoders over the feature maps of a timm model, sliced with it; saved ones."""
+"""Segmenters and detectors: decoders over the feature maps of a timm model, sliced with it, and saved ones."""

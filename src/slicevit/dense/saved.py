@@ -1,18 +1,19 @@
-"""Segmenters in folders: what rebuilds one, and its weights.
+"""Segmenters, and other models of a decoder over a backbone, in folders: what rebuilds one, and its weights.
 
-A segmenter's folder has a config.json of its own kind, which timm does not read.
+Such a folder has a config.json of its own kind, which timm does not read.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file
 
-from slicevit.checkpoint import SEGMENTATION, WEIGHTS
+from slicevit.checkpoint import COMMANDS, KINDS, SEGMENTATION, WEIGHTS
 from slicevit.data.masks import MaskTransformConfig
 from slicevit.dense.mask_transformer import HEAD_WIDTH
 from slicevit.dense.segmenter import Arguments, Decoder, Segmenter, segmenter_family
@@ -51,7 +52,7 @@ class Recipe:
 
 def build(recipe: Recipe) -> ElasticModel:
     """The segmenter that `recipe` describes, with fresh weights. Raises ValueError when it cannot be sliced so."""
-    backbone_args = {key: _tuple(value) for key, value in recipe.backbone_args.items()}
+    backbone_args = {key: as_tuple(value) for key, value in recipe.backbone_args.items()}
     changes: Arguments = {}
     if recipe.cut is not None:
         changes = _cut_arguments(recipe, backbone_args, recipe.cut)
@@ -78,12 +79,18 @@ def _cut_arguments(recipe: Recipe, backbone_args: Arguments, cut: Width) -> Argu
     return create_model(recipe.backbone, grid, num_classes=0, **settings, **backbone_args).arguments(width)
 
 
-def _tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """JSON's list as the tuple that it was."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def read_segmenter(folder: Path) -> dict[str, Any]:
     """The "slicevit" part of a segmenter's config.json. Raises ValueError when it is none."""
+    return read_entries(folder, SEGMENTATION)
+
+
+def read_entries(folder: Path, task: str) -> dict[str, Any]:
+    """The "slicevit" part of config.json of a model of `task`. Raises ValueError when it is none."""
     path = folder / "config.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["slicevit"]
@@ -91,8 +98,8 @@ def read_segmenter(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no run's folder: it has no config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} describes no run ({error!r})") from None
-    if not isinstance(entries, dict) or entries.get("task") != SEGMENTATION:
-        raise ValueError(f"{folder} is no segmenter's folder: slicevit segment makes one")
+    if not isinstance(entries, dict) or entries.get("task") != task:
+        raise ValueError(f"{folder} is no {KINDS[task]}'s folder: slicevit {COMMANDS[task]} makes one")
     return entries
 
 
@@ -101,18 +108,25 @@ def load_segmenter(folder: str | Path) -> tuple[ElasticModel, Recipe]:
 
     Raises ValueError when it is none, or its files are missing, broken or do not fit together.
     """
-    folder = Path(folder)
-    entries = read_segmenter(folder)
+    return load(Path(folder), SEGMENTATION, Recipe, build)
+
+
+R = TypeVar("R")
+
+
+def load(folder: Path, task: str, kind: type[R], build: Callable[[R], ElasticModel]) -> tuple[ElasticModel, R]:
+    """The model of `task` in a folder, in eval mode, as `build` makes it of its recipe. Raises as `load_segmenter`."""
+    entries = read_entries(folder, task)
     try:
-        recipe = Recipe(**{key: _tuple(value) for key, value in entries["segmenter"].items()})
+        recipe = kind(**{key: as_tuple(value) for key, value in entries[KINDS[task]].items()})
         model = build(recipe)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a segmenter ({error!r})") from None
+        raise ValueError(f"{folder / 'config.json'} does not describe a {KINDS[task]} ({error!r})") from None
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / WEIGHTS} does not hold this segmenter's weights ({reason})") from None
+        raise ValueError(f"{folder / WEIGHTS} does not hold this {KINDS[task]}'s weights ({reason})") from None
     if model.has_batch_norm and (folder / STATISTICS).exists():
         read_statistics(model, folder / STATISTICS, folder / WEIGHTS)
     return model.eval(), recipe

@@ -203,6 +203,14 @@ def _metrics_row(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     return {"epoch": int(row["epoch"]), "step": int(row["step"]), "width": row["width"], **numbers}
 
 
+def write_rows(folder: Path, rows: Sequence[Any], hidden: Sequence[str] = ()) -> None:
+    """Write dataclasses as results.csv and results.json, each in one step; `hidden` columns go to the JSON alone."""
+    table = [asdict(row) for row in rows]
+    columns = [name for name in table[0] if name not in hidden]
+    write_text(folder / "results.csv", to_csv(columns, [{name: row[name] for name in columns} for row in table]))
+    write_text(folder / "results.json", json.dumps(table, indent=2) + "\n")
+
+
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
     """A table as text: a line of `columns`, and one for each row."""
     text = io.StringIO(newline="")

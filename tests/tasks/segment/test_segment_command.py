@@ -191,6 +191,7 @@ def test_a_classifier_is_no_segmenter_nor_the_other_way_round(
     assert "classes" in dict(load_segmenter(run)[0].decoder.named_parameters())
     told = refused(capsys, lambda: cli.main(["probe", str(run), "--data", "x"]))
     assert told == f"slicevit: {run} is a run of slicevit segment, not a classifier of slicevit train"
+    assert refused(capsys, lambda: cli.main(["report", str(run), "--out", str(tmp_path / "page")])) == told
     told = refused(capsys, lambda: cli.main(["predict", str(run), str(run), "--out", str(tmp_path / "out.csv")]))
     assert "whose answers are no table: `slicevit serve` gives the masks" in told
     told = refused(capsys, lambda: cli.main(["train", "--resume", str(run)]))

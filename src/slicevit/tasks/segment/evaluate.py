@@ -14,8 +14,9 @@ from slicevit.dense.saved import Recipe, load_segmenter, read_segmenter
 from slicevit.elastic import ElasticModel
 from slicevit.evaluation.segmentation import SegmentationScore, evaluate_masks
 from slicevit.evaluation.widths import asked_width, measure_widths_latency, predictors
+from slicevit.tasks.rows import width_rows
 from slicevit.tasks.segment.config import SegmentConfig, from_dict
-from slicevit.tasks.segment.results import SegmentResult, segment_rows, write_segment_results
+from slicevit.tasks.segment.results import SegmentResult, write_segment_results
 from slicevit.training import loop
 from slicevit.training.methods import is_separate, part_folder
 from slicevit.training.ranks import Ranks, pick_device
@@ -66,7 +67,7 @@ def _rows(
     model.to(pick_device(device))
     scores = measure_masks(model, widths, recipe, images, workers, max_bad_share)
     latency = measure_widths_latency(model, widths, loop.LATENCY_SECONDS)
-    return segment_rows(model, recipe, scores, latency, config.method)
+    return width_rows(SegmentResult, model, recipe, scores, latency, config.method)
 
 
 def measure_masks(

@@ -8,15 +8,15 @@ from pathlib import Path
 from rich.console import Console
 
 from slicevit import checkpoint
-from slicevit.data import TrainLoader
 from slicevit.data.masks import MaskSet, train_pair_transform
 from slicevit.data.transforms import PairTransform
 from slicevit.evaluation.segmentation import SegmentationScore
 from slicevit.evaluation.widths import measure_widths_latency
+from slicevit.tasks.rows import width_rows
 from slicevit.tasks.segment import initial
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.evaluate import measure_masks
-from slicevit.tasks.segment.results import SegmentResult, segment_rows
+from slicevit.tasks.segment.results import SegmentResult
 from slicevit.training import loop, setup
 from slicevit.training.keeper import Keeper
 from slicevit.training.objectives import Objective
@@ -67,17 +67,7 @@ class SegmentRun(loop.Run):
         )
         self.num_classes, self.class_names, self.teacher, self.distiller = config.num_classes, None, None, None
         self.mixer = setup.Mixer(self.config, config.num_classes)
-        self.loader = TrainLoader(
-            train_set,
-            train_pair_transform(self.pairs),
-            self.config.rank_batch(self.ranks.count),
-            config.seed,
-            config.workers,
-            config.max_bad_share,
-            rank=self.ranks.index,
-            world_size=self.ranks.count,
-            pin_memory=self.device.type == "cuda",
-        )
+        self.loader = setup.pair_loader(self.config, train_set, train_pair_transform(self.pairs), self.ranks)
 
     def _image_shape(self) -> tuple[int, int, int]:
         return (self.recipe.in_chans, *self.recipe.size)
@@ -95,4 +85,4 @@ class SegmentRun(loop.Run):
         model = self.evaluated
         scores = self._scores or self._scored()
         latency = self.ranks.from_main(lambda: measure_widths_latency(model, model.widths, loop.LATENCY_SECONDS))
-        return segment_rows(model, self.recipe, scores, latency, self.config.method)
+        return width_rows(SegmentResult, model, self.recipe, scores, latency, self.config.method)
