@@ -156,6 +156,7 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
         raise ValueError(f"{paths[0]} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{paths[0]} is not a JSON object")
+    require_classifier(folder_or_id, paths[0].parent)  # of the Hub, only now
     return config, paths[1]
 
 
@@ -167,9 +168,9 @@ def task_of(run: str | Path) -> str | None:
         return None
 
 
-def require_classifier(run: str | Path) -> None:
-    """Raise ValueError when the folder holds a model of another task."""
-    if task := task_of(run):
+def require_classifier(run: str | Path, folder: Path | None = None) -> None:
+    """Raise ValueError when the folder of `run`, by default itself, holds a model of another task."""
+    if task := task_of(folder or run):
         raise ValueError(f"{run} is a run of slicevit {COMMANDS.get(task, task)}, not a classifier of slicevit train")
 
 
