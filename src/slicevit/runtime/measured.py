@@ -150,11 +150,12 @@ def read_table(run: str | Path, engine: str, device: str, precision: str = "floa
 
 
 def _profile(table: dict[str, Any], latency: str) -> Profile:
+    rows = table["rows"]
     figure = table.get("figure", TOP1.column)  # tables that older versions wrote are of classifiers
     return Profile.parse(
         {name: row.get(name) for name in ("memory_mb", "energy_j")}
         | {"width": row["width"], "top1": row[figure], "latency_ms": row[latency]}
-        for row in table["rows"]
+        for row in rows
     )
 
 
