@@ -1,7 +1,8 @@
 """Imports go one way (DESIGN.md): a module imports from rooms below its own, and no cycle arises.
 
-widths → slicing → families → elastic → {costs, checkpoint} → data → evaluation → training → tasks; export builds on
-elastic, data and evaluation; runtime on what export builds on, and its artefacts; serving on runtime; cli on all.
+widths → slicing → families → elastic → {costs, checkpoint} → data → dense → evaluation → training → tasks; export
+builds on elastic, data, dense and evaluation; runtime on what export builds on, and its artefacts; serving on runtime;
+cli on all.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "slicevit"
 # room -> the rooms it may import from, besides itself
 LEAVES = {"version", "files"}
 CORE = ["widths", "slicing", "families", "elastic"]
-TRUNK = [*CORE, "costs", "checkpoint", "data", "evaluation", "training", "tasks"]
+TRUNK = [*CORE, "costs", "checkpoint", "data", "dense", "evaluation", "training", "tasks"]
 ALLOWED: dict[str, set[str]] = {room: set(TRUNK[:i]) for i, room in enumerate(TRUNK)}
 ALLOWED |= {leaf: set() for leaf in LEAVES}
-ALLOWED["export"] = {*CORE, "costs", "checkpoint", "data", "evaluation"}
-ALLOWED["runtime"] = {*CORE, "costs", "checkpoint", "data", "evaluation", "export"}
+ALLOWED["export"] = {*CORE, "costs", "checkpoint", "data", "dense", "evaluation"}
+ALLOWED["runtime"] = {*CORE, "costs", "checkpoint", "data", "dense", "evaluation", "export"}
 ALLOWED["serving"] = {*ALLOWED["runtime"], "runtime"}
 ALLOWED["cli"] = set(ALLOWED) | {"published"}
 ALLOWED["models"] = set()  # which timm's registry hands out: nobody but the front door need know of them

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -31,6 +31,10 @@ from slicevit.saved_statistics import STATISTICS, read_statistics, write_statist
 from slicevit.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+SEGMENTATION: Final = "segmentation"
+DETECTION: Final = "detection"
+COMMANDS = {SEGMENTATION: "segment", DETECTION: "detect"}  # what makes models of a task; those of none are classifiers
+KINDS = {SEGMENTATION: "segmenter", DETECTION: "detector"}
 
 
 def save_pretrained(
@@ -127,8 +131,10 @@ def is_hub_name(text: str) -> bool:
 def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
     """(config.json, path of the weights) of a folder, or of a Hub repository such as "owner/name".
 
-    Raises ValueError when there is no such folder or repository, or a file in it is missing or broken.
+    Raises ValueError when there is no such folder or repository, a file in it is missing or broken, or it is no
+    classifier.
     """
+    require_classifier(folder_or_id)
     folder = Path(folder_or_id)
     if folder.is_dir():
         paths = folder / CONFIG, folder / WEIGHTS
@@ -150,7 +156,22 @@ def read_config(folder_or_id: str | Path) -> tuple[dict[str, Any], Path]:
         raise ValueError(f"{paths[0]} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{paths[0]} is not a JSON object")
+    require_classifier(folder_or_id, paths[0].parent)  # of the Hub, only now
     return config, paths[1]
+
+
+def task_of(run: str | Path) -> str | None:
+    """What the model in a folder is for, a key of `COMMANDS`; None for a classifier, and where there is no model."""
+    try:
+        return json.loads(Path(run, CONFIG).read_text(encoding="utf-8"))["slicevit"].get("task")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whoever reads the model says what is wrong
+        return None
+
+
+def require_classifier(run: str | Path, folder: Path | None = None) -> None:
+    """Raise ValueError when the folder of `run`, by default itself, holds a model of another task."""
+    if task := task_of(folder or run):
+        raise ValueError(f"{run} is a run of slicevit {COMMANDS.get(task, task)}, not a classifier of slicevit train")
 
 
 def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
@@ -165,11 +186,6 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
     config, weights = read_config(folder_or_id)
     if "slicevit" not in config:
         raise ValueError(f"{folder_or_id} is not a slicevit model: its {CONFIG} has no 'slicevit' entry")
-    if "task" in config["slicevit"]:
-        raise ValueError(
-            f"{folder_or_id} is a run of slicevit segment, not a classifier: "
-            "slicevit.tasks.segment.initial.load_segmenter reads it"
-        )
     try:
         names = ("grid", *(field.name for field in fields(SliceSettings)))
         arguments = {name: config["slicevit"][name] for name in names}

@@ -56,7 +56,7 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        output = on_meta(image)
+        output = getattr(on_meta, "raw", on_meta)(image)  # of a detector, what comes before boxes are picked
     del output
     return Costs(
         int(embed_dim), params, counter.get_total_flops() // 2, sum(storage.nbytes() for storage in kept.values())
@@ -65,6 +65,9 @@ def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, i
 
 def model_input_size(model: ElasticModel) -> tuple[int, int, int]:
     """(C, H, W) of the images that the model takes."""
+    if own := getattr(model, "image_shape", None):
+        shape: tuple[int, int, int] = own  # of a model of ours, which has no configuration of timm's
+        return shape
     channels, height, width = model.pretrained_cfg["input_size"]
     patch_embed: Any = getattr(model, "patch_embed", None)
     if getattr(patch_embed, "img_size", None):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slicevit.evaluation.figures import MIOU
 from slicevit.export.check import ROUNDING, Checked, Comparison
 
 Predictor = Callable[[Tensor], Tensor]
@@ -45,7 +46,7 @@ def test_agreement_is_counted() -> None:
     images[:, 1] = 1.0 - 1e-6
     turned = compared(lambda x: x, lambda x: x.flip(1), images).exact("odd")
     assert turned.accuracy is None
-    assert (turned.parity.top1_agreement, turned.parity.images, turned.parity.batch_sizes) == (0.0, 10, (1, 10))
+    assert (turned.parity.agreement, turned.parity.images, turned.parity.batch_sizes) == (0.0, 10, (1, 10))
 
 
 def flipped(count: int) -> Predictor:
@@ -70,14 +71,14 @@ def reduced(artefact: Predictor, max_loss: float = 5.0, precision: str = "int8")
 def test_lost_accuracy_is_counted_in_points() -> None:
     same = reduced(lambda x: x.flatten(1) * 1.001, 0.0)
     assert same.accuracy is not None
-    assert (same.accuracy.top1_source, same.accuracy.top1, same.accuracy.lost) == (95.0, 95.0, 0.0)
+    assert (same.accuracy.source, same.accuracy.artefact, same.accuracy.lost) == (95.0, 95.0, 0.0)
     assert same.parity.tolerance is None
-    assert same.parity.top1_agreement == 1.0
+    assert same.parity.agreement == 1.0
     some = reduced(flipped(4), 15.0)
     assert some.accuracy is not None
     assert some.accuracy.lost == pytest.approx(15.0)  # the first image was wrong before
-    assert (some.accuracy.top1, some.accuracy.max_loss) == (pytest.approx(80.0), 15.0)
-    assert some.parity.top1_agreement == pytest.approx(0.8)
+    assert (some.accuracy.artefact, some.accuracy.max_loss) == (pytest.approx(80.0), 15.0)
+    assert some.parity.agreement == pytest.approx(0.8)
     with pytest.raises(ValueError, match=r"top-1 falls from 95.00 to 80.00 on 20 images of odd.*--max-loss"):
         reduced(flipped(4), 14.9)
 
@@ -112,3 +113,21 @@ def test_more_than_rounding(precision: str, allowed: float) -> None:
 def test_what_is_no_rounding(broken: Predictor, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         reduced(broken, 100.0)
+
+
+def test_pixels_are_compared_one_by_one() -> None:
+    """Of logits (B, K, H, W); the figures are given, because no pixel alone has one."""
+    logits = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    other = logits.clone()
+    other[0, :, 0, 0] = logits[0, :, 0, 0].flip(0) if logits[0, :, 0, 0].argmax() != 1 else logits[0, [1, 0, 2], 0, 0]
+    table = {float(image.sum()): place for place, image in enumerate(IMAGES)}
+    predict = lambda which: lambda images: which[[table[float(image.sum())] for image in images]]  # noqa: E731
+    comparison = Comparison(predict(logits), predict(other), MIOU)
+    comparison.add(IMAGES[:4])
+    with pytest.raises(ValueError, match="off by"):
+        comparison.exact("odd")
+    entries = comparison.reduced("odd", 5.0, "int8", (60.0, 58.5)).entries()
+    assert entries["parity"]["pixel_agreement"] == 15 / 16
+    assert entries["accuracy"] == {"miou_source": 60.0, "miou": 58.5, "lost": 1.5, "max_loss": 5.0}
+    with pytest.raises(ValueError, match=r"mIoU falls from 60\.00 to 54\.00 on 4 windows of odd"):
+        comparison.reduced("odd", 5.0, "int8", (60.0, 54.0))

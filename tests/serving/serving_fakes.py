@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from slicevit.evaluation.figures import TOP1
 from slicevit.runtime.profile import Profile
 
 CLASSES = 7
@@ -39,6 +40,8 @@ class FakeEngine:
         before: runs before each call, in the thread that computes.
     """
 
+    task: str | None = None
+    figure = TOP1
     widths = (QUARTER, HALF, FULL)
     input_size = (3, SIZE, SIZE)
     num_classes = CLASSES

@@ -350,7 +350,9 @@ def test_a_call_that_is_stuck_is_not_healthy(served: Served, monkeypatch: pytest
 
 def test_model(served: Served) -> None:
     model = served.get("/v1/model")
-    assert set(model) == {*("architecture", "engine", "device", "input_size", "num_classes", "label_names", "widths")}
+    assert set(model) == {
+        *("task", "figure", "architecture", "engine", "device", "input_size", "num_classes", "label_names", "widths")
+    }
     assert (model["architecture"], model["engine"], model["device"]) == ("fake", "torch", "cpu")
     assert (model["input_size"], model["num_classes"], model["label_names"]) == ([3, 8, 8], CLASSES, [*"abcdefg"])
     assert [row["width"] for row in model["widths"]] == ["1/4", "1/2", "1"]
@@ -465,6 +467,13 @@ def test_pages_load_nothing_from_elsewhere(path: str, served: Served) -> None:
         assert "//" not in name
         assert served.client.get("/" + name.removeprefix("/")).status_code == 200
     assert path == "/docs" or page.content == PAGE.read_bytes()
+
+
+def test_a_classifier_does_not_segment(served: Served) -> None:
+    response = served.client.post("/v1/segment", files={"image": ("a", PNG)})
+    assert response.status_code == 404
+    said = "a model for classification is served here: post the image to /v1/classify"
+    assert response.json() == {"detail": said}
 
 
 def test_openapi_names_every_path(served: Served) -> None:

@@ -37,12 +37,18 @@ def calls() -> list[tuple[Fraction, int, float]]:
     return []
 
 
+def shares(logits_BK: Tensor) -> Tensor:
+    return logits_BK.softmax(1)
+
+
 @pytest.fixture
 def started(engine: FakeEngine, margin: Margin, calls: list[tuple[Fraction, int, float]]) -> Iterator[Started]:
     batchers = []
 
     def start(legal: tuple[Fraction, ...] = FakeEngine.widths) -> Batcher:
-        batcher = Batcher(engine, TABLE, legal, policy_of("deadline-slack"), margin, lambda *call: calls.append(call))
+        batcher = Batcher(
+            engine, TABLE, legal, policy_of("deadline-slack"), margin, lambda *call: calls.append(call), shares
+        )
         batcher.start()
         batchers.append(batcher)
         return batcher
@@ -62,7 +68,7 @@ def submit(batcher: Batcher, red: int, within: float = LONG, width: Fraction | N
 
 
 def classes(futures: list[Future[Answer]]) -> list[int]:
-    return [int(future.result(20).probabilities_K.argmax()) for future in futures]
+    return [int(future.result(20).output.argmax()) for future in futures]
 
 
 def test_each_gets_the_answer_to_its_own_image(engine: FakeEngine, started: Started) -> None:
@@ -85,7 +91,7 @@ def test_an_answer_says_how_it_came_about(started: Started, calls: list[tuple[Fr
     assert (answer.width, answer.batch) == (FULL, 1)
     assert "most accurate" in answer.reason
     assert before <= answer.started <= answer.ended <= answer.finished <= milliseconds()
-    assert answer.probabilities_K.sum() == pytest.approx(1.0)
+    assert answer.output.sum() == pytest.approx(1.0)
     ((width, batch, took),) = calls
     assert (width, batch, took) == (FULL, 1, answer.ended - answer.started)
 
@@ -168,7 +174,7 @@ def test_admission_opens_again_soon_after_a_disturbance(engine: FakeEngine) -> N
 
     engine.before = disturb
     batcher = Batcher(
-        engine, TABLE, engine.widths, policy_of("deadline-slack"), Margin(TABLE, 0.95), lambda *call: None
+        engine, TABLE, engine.widths, policy_of("deadline-slack"), Margin(TABLE, 0.95), lambda *call: None, shares
     )
     batcher.start()
     begin, refused = milliseconds(), []
@@ -217,7 +223,7 @@ def test_lasting_overload(engine: FakeEngine) -> None:
     table = Profile.parse(slow)
     engine.before = lambda images_BCHW, width: time.sleep(table.row(width).latency(len(images_BCHW)) / 1000)
     batcher = Batcher(
-        engine, table, engine.widths, policy_of("deadline-slack"), Margin(table, 0.95), lambda *call: None
+        engine, table, engine.widths, policy_of("deadline-slack"), Margin(table, 0.95), lambda *call: None, shares
     )
     batcher.start()
     begin, futures = milliseconds(), []

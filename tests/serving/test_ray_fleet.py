@@ -56,7 +56,7 @@ class FakeReplicas:
         self.everywhere_says: dict[str, Any] = {"report": []}
         self.asked = 0
 
-    async def classify(self, body: bytes, content_type: str, slo_ms: float) -> Any:
+    async def respond(self, body: bytes, content_type: str, slo_ms: float) -> Any:
         self.targets.append(slo_ms)
         said = next(self._says)
         if isinstance(said, ReplicaLost):
@@ -86,7 +86,7 @@ def classified(replicas: FakeReplicas) -> tuple[Any, Fleet]:
     async def ask() -> tuple[Any, Fleet]:
         fleet = fleet_of(replicas)
         try:
-            return await fleet.classify(b"", "image/png"), fleet
+            return await fleet.respond(b"", "image/png"), fleet
         except (Refusal, EngineFailed) as error:
             return error, fleet
 
@@ -179,9 +179,9 @@ def test_a_target_holds_for_every_later_request() -> None:
         replicas = FakeReplicas(Answered(ANSWER, 100.0), Answered(ANSWER, 100.0))
         replicas.everywhere_says["change_slo"] = [80.0, 80.0]
         fleet = fleet_of(replicas)
-        await fleet.classify(b"", "")
+        await fleet.respond(b"", "")
         assert (await fleet.change_slo(b'{"slo_ms": 80}')).slo_ms == 80.0
-        await fleet.classify(b"", "")
+        await fleet.respond(b"", "")
         return replicas.targets
 
     assert asyncio.run(change()) == [100.0, 80.0]

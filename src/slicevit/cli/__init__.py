@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate": "BatchNorm statistics of every width, from training images",
     "probe": "what the features of every width are worth on another data set",
     "segment": "train a segmenter that is every narrower one too, on images with masks",
+    "detect": "train a detector that is every narrower one too, on images with boxes",
     "report": "several runs on one picture and page",
     "export": "cut a width out",
     "profile": "latency and memory of every width on this machine",

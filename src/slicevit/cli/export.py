@@ -39,14 +39,15 @@ class ExportArgs:
     torch-export, executorch: OUT/model.onnx, .xml, .pt2 or .pte, for any batch size (executorch: up to 8)."""
     quantize: Literal["int8", "fp16", "bf16"] | None = None
     """Smaller numbers. int8 (onnx, openvino, executorch): weights and activations, after training. fp16, bf16: the
-    weights, and what the format's runtime computes in. The top-1 that it costs is measured, printed and stored."""
+    weights, and what the format's runtime computes in. The top-1, or mIoU, that it costs is measured, printed and
+    stored."""
     calibrate: str | None = None
     """Where int8 takes its ranges from: a data set (its training images), or a folder of images; by default the data
     set of the check."""
     max_loss: float = 5.0
-    """With --quantize: the largest loss of top-1, in points, that is not refused."""
+    """With --quantize: the largest loss of top-1, or of a segmenter's mIoU, in points, that is not refused."""
     data: str | None = None
-    """Another data set for the check than the run's own; as in train."""
+    """Another data set for the check than the run's own; as in train, or as in segment."""
     data_root: str | None = None
     """Where a timm dataset string finds its files."""
     images: int | None = None
@@ -81,15 +82,18 @@ def _check_options(args: ExportArgs) -> None:
 
 def _cuts(run: Path, width: str) -> list[Cut]:
     """What `--width` names. Raises ValueError when the run cannot be read, or holds no such width."""
-    from slicevit.checkpoint import from_pretrained
+    from slicevit.checkpoint import SEGMENTATION, task_of
+    from slicevit.dense.saved import read_segmenter
     from slicevit.export.formats import Cut
+    from slicevit.export.opening import open_model
     from slicevit.training.methods import is_separate, part_folder
     from slicevit.training.runs import read_train_config
 
     if not is_separate(run):
-        names = [str(legal) for legal in from_pretrained(run).widths] if width == "all" else [width]
+        names = [str(legal) for legal in open_model(run).model.widths] if width == "all" else [width]
         return [Cut(run, name, name, _folder(name, width)) for name in names]
-    names = [str(legal) for legal in WidthGrid.parse(read_train_config(run).grid)]  # each a run, at its full width
+    grid = read_segmenter(run)["grid"] if task_of(run) == SEGMENTATION else read_train_config(run).grid
+    names = [str(legal) for legal in WidthGrid.parse(grid)]  # each a run, at its full width
     if width != "all":
         asked = _parsed(width)
         if asked not in names:
@@ -134,15 +138,15 @@ def _reporting() -> Iterator[Report]:
 
 
 def _line(args: ExportArgs, folder: Path, width: str, checked: Checked) -> str:
-    parity, accuracy = checked.parity, checked.accuracy
+    parity, accuracy, figure = checked.parity, checked.accuracy, checked.figure
     what = f"{args.to} in {args.quantize}" if args.quantize else args.to
     cost = ""
     if accuracy:
-        change = accuracy.top1 - accuracy.top1_source
-        cost = f"top-1 {accuracy.top1_source:.2f} -> {accuracy.top1:.2f} ({change:+.2f} points), "
+        change = accuracy.artefact - accuracy.source
+        cost = f"{figure.name} {accuracy.source:.2f} -> {accuracy.artefact:.2f} ({change:+.2f} points), "
     load = f'; timm.create_model("local-dir:{folder}", pretrained=True)' if args.to == "timm" else ""
     return (
         f"{folder}: {what} at width {width}; {cost}largest logit error {parity.max_abs_error:.1e} of "
-        f"{parity.max_abs_logit:.1e}, top-1 agreement {parity.top1_agreement:.1%} on {parity.images} images of "
-        f"{parity.data}{load}"
+        f"{parity.max_abs_logit:.1e}, {figure.answer} agreement {parity.agreement:.1%} on {parity.images} "
+        f"{figure.unit} of {parity.data}{load}"
     )

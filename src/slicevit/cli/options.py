@@ -72,6 +72,15 @@ def take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[s
         raise ValueError(f"--model-args: {error}") from None
 
 
+def take_backbone(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The --model-args of a backbone, and the other arguments. Raises ValueError for --model beside a folder."""
+    model_args, arguments = take_model_args(arguments)
+    init, _ = take_option(arguments, "--init")
+    if gives(arguments, "--model") and init not in (None, "scratch", "pretrained"):
+        raise ValueError(f"--model is for --init scratch or pretrained: {init} has its own")
+    return model_args or {}, arguments
+
+
 def _key_values(text: list[str]) -> dict[str, Any]:
     pairs = {}
     for pair in text:

@@ -71,21 +71,23 @@ def _numbers(argument: str) -> list[str]:
 
 def profile_table(profile: dict[str, Any], title: str) -> Table:
     """The profile for a terminal, narrowest width first; widths that another one beats are dim."""
+    from slicevit.evaluation.figures import FIGURES, TOP1
     from slicevit.evaluation.results import short
 
+    figure = FIGURES[profile.get("figure", TOP1.column)]
     sizes = list(profile["rows"][0]["latency_ms"])
     title = f"{title}: {profile['engine']} on {profile['device']}, {profile['precision']}; median (99th percentile)"
     table = Table(title=Text(title), title_justify="left")
     table.add_column("Width", no_wrap=True)
     with_energy = any(row["energy_j"] is not None for row in profile["rows"])
     energy = ("Energy\nmJ/image",) if with_energy else ()
-    for heading in ("Top-1\n%", *(f"Batch {size}\nms" for size in sizes), "Memory\nMB", *energy):
+    for heading in (f"{figure.heading}\n%", *(f"Batch {size}\nms" for size in sizes), "Memory\nMB", *energy):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("Beaten\nby", no_wrap=True)
     for row in profile["rows"]:
         table.add_row(
             row["width"],
-            f"{row['top1']:.2f}",
+            f"{row[figure.column]:.2f}",
             *(f"{short(row['latency_ms'][size])} ({short(row['p99_ms'][size])})" for size in sizes),
             _known(row["memory_mb"]),
             *([_known(row["energy_j"] and 1000 * row["energy_j"])] if with_energy else []),

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from slicevit.cli.launch import launch
-from slicevit.cli.options import gives, parse, speaks, take_model_args, take_option
+from slicevit.cli.options import parse, speaks, take_backbone
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.presets import PRESETS, preset
 
@@ -25,11 +25,8 @@ def run(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str], name: str | None) -> SegmentConfig:
-    model_args, arguments = take_model_args(arguments)
-    default = replace(preset(name) if name else SegmentConfig(), model_args=model_args or {})
-    init, _ = take_option(arguments, "--init")
-    if gives(arguments, "--model") and init not in (None, "scratch", "pretrained"):
-        raise ValueError(f"--model is for --init scratch or pretrained: {init} has its own")
+    model_args, arguments = take_backbone(arguments)
+    default = replace(preset(name) if name else SegmentConfig(), model_args=model_args)
     description = (
         "Train a segmenter whose width can be cut at run time, or each width alone (--method separate). Further flags: "
         f"--preset {{{','.join(PRESETS)}}}, --out FOLDER, --resume RUN, --model-args key=value ..."

@@ -21,10 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from .boxes import Boxes
 from .datasets import ImageSet, StreamSet, UnreadableImageError
 from .transforms import PairTransform, Transform
 
-Batch = tuple[Tensor, Tensor]  # images_BCHW float32, targets_B int64 (of images with masks: targets_BHW)
+Batch = tuple[Tensor, Tensor]  # images_BCHW float32, targets_B int64 (of masks: targets_BHW; of boxes: targets_BN6)
 
 _logger = logging.getLogger("slicevit")
 
@@ -296,8 +297,8 @@ class _StreamBatches(IterableDataset):
 
 
 def _sample(transform: Any, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
-    """What `transform` makes of an image; of an image and its mask together, where its target is one."""
-    return transform(image, target) if isinstance(target, Image.Image) else (transform(image), target)
+    """What `transform` makes of an image; of an image with its mask or boxes, where its target is that."""
+    return transform(image, target) if isinstance(target, (Image.Image, Boxes)) else (transform(image), target)
 
 
 def _stack(samples: list[tuple[Tensor, Any]]) -> Batch:

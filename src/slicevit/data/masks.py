@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from slicevit.data.image_set import ImageSet
-from slicevit.data.transforms import PairTransform
+from slicevit.data.transforms import PairTransform, Transform
 from slicevit.data.walk import image_paths
 
 Layout: TypeAlias = Literal["masks", "ade20k"]
@@ -144,35 +144,52 @@ def train_pair_transform(cfg: MaskTransformConfig) -> PairTransform:
 
 def eval_pair_transform(cfg: MaskTransformConfig) -> PairTransform:
     """From an image and its mask to float32 (C, h, w), with the shorter side of `size`, and the whole mask (H, W)."""
-    return _EvalPairs(cfg, v2.Resize(min(cfg.size)))
+    return _EvalPairs(_EvalImages(cfg, v2.Resize(min(cfg.size))))
+
+
+def eval_image_transform(cfg: MaskTransformConfig) -> Transform:
+    """The same of an image without a mask."""
+    return _EvalImages(cfg, v2.Resize(min(cfg.size)))
 
 
 @dataclass(frozen=True)
 class _TrainPairs:
-    """A class, not a function within one, so that it can be pickled into worker processes; `_EvalPairs` too."""
+    """A class, not a function within one, so that it can be pickled into worker processes; the others too."""
 
     cfg: MaskTransformConfig
     steps: v2.Transform
 
     def __call__(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
-        return _tensors(self.cfg, *self.steps(*_wrapped(image, mask)))
+        image_CHW, mask_1HW = self.steps(tv_tensors.Image(image), _mask(mask))
+        return _pixels(self.cfg, image_CHW), _classes(mask_1HW)
+
+
+@dataclass(frozen=True)
+class _EvalImages:
+    cfg: MaskTransformConfig
+    resize: v2.Transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return _pixels(self.cfg, self.resize(tv_tensors.Image(image)))
 
 
 @dataclass(frozen=True)
 class _EvalPairs:
-    cfg: MaskTransformConfig
-    resize: v2.Transform
+    images: _EvalImages
 
     def __call__(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
-        pixels_CHW, mask_1HW = _wrapped(image, mask)
-        return _tensors(self.cfg, self.resize(pixels_CHW), mask_1HW)
+        return self.images(image), _classes(_mask(mask))
 
 
-def _wrapped(image: Image.Image, mask: Image.Image) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    return tv_tensors.Image(image), tv_tensors.Mask(np.array(mask)[None])
+def _mask(mask: Image.Image) -> tv_tensors.Mask:
+    return tv_tensors.Mask(np.array(mask)[None])
 
 
-def _tensors(cfg: MaskTransformConfig, image_CHW: Tensor, mask_1HW: Tensor) -> tuple[Tensor, Tensor]:
+def _pixels(cfg: MaskTransformConfig, image_CHW: Tensor) -> Tensor:
     floats_CHW = v2.functional.to_dtype(image_CHW.as_subclass(Tensor), torch.float32, scale=True)
+    return v2.functional.normalize(floats_CHW, list(cfg.mean), list(cfg.std))
+
+
+def _classes(mask_1HW: Tensor) -> Tensor:
     mask_HW = mask_1HW.as_subclass(Tensor)[0].long()
-    return v2.functional.normalize(floats_CHW, list(cfg.mean), list(cfg.std)), mask_HW.where(mask_HW < _VOID_BYTE, VOID)
+    return mask_HW.where(mask_HW < _VOID_BYTE, VOID)

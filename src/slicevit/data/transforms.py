@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 Transform = Callable[[Image.Image], Tensor]
-PairTransform = Callable[[Image.Image, Image.Image], tuple[Tensor, Tensor]]  # of an image and its mask
+PairTransform = Callable[[Image.Image, Any], tuple[Tensor, Tensor]]  # of an image and its mask, or boxes
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 

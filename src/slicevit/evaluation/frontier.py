@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from slicevit.checkpoint import require_classifier
 from slicevit.evaluation.results import WidthResult, by_width, macs_unit, read_metrics, read_results
 from slicevit.files import replacing
 
@@ -43,7 +44,7 @@ def load_run(folder: Path | str) -> RunRecord:
     """Read config.json, results.json and, if there, metrics.csv; the folder's name is the run's.
 
     Raises:
-        ValueError: a file is missing or broken.
+        ValueError: a file is missing or broken, or the run is of no classifier.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -55,6 +56,7 @@ def load_run(folder: Path | str) -> RunRecord:
         raise ValueError(f"{path} is broken ({error}): it must be JSON") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is broken: it must be a JSON object")
+    require_classifier(folder)
     return RunRecord(folder.resolve().name, folder, config, read_results(folder), read_metrics(folder))
 
 

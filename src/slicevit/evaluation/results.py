@@ -105,6 +105,21 @@ def read_results(folder: Path | str) -> list[WidthResult]:
         raise ValueError(f"{path} is broken ({error}): delete it and evaluate the run again") from error
 
 
+def read_figures(folder: Path | str, column: str) -> dict[Fraction, float]:
+    """Width -> what it scored, in per cent: this column of results.json, of whatever task.
+
+    Raises:
+        ValueError: the file is missing or broken.
+    """
+    path = Path(folder, "results.json")
+    try:
+        return {Fraction(row["width"]): float(row[column]) for row in json.loads(path.read_text(encoding="utf-8"))}
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: evaluate the run first") from error
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is broken ({error}): delete it and evaluate the run again") from error
+
+
 def _width_result(row: Any) -> WidthResult:
     row = dict(row, loss=math.nan) if row["loss"] is None else row
     result = WidthResult(**row)
@@ -186,6 +201,14 @@ def _metrics_row(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     Fraction(row["width"])
     numbers = {name: float(row[name]) if row[name] else None for name in columns[3:]}
     return {"epoch": int(row["epoch"]), "step": int(row["step"]), "width": row["width"], **numbers}
+
+
+def write_rows(folder: Path, rows: Sequence[Any], hidden: Sequence[str] = ()) -> None:
+    """Write dataclasses as results.csv and results.json, each in one step; `hidden` columns go to the JSON alone."""
+    table = [asdict(row) for row in rows]
+    columns = [name for name in table[0] if name not in hidden]
+    write_text(folder / "results.csv", to_csv(columns, [{name: row[name] for name in columns} for row in table]))
+    write_text(folder / "results.json", json.dumps(table, indent=2) + "\n")
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:

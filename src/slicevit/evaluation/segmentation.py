@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from slicevit.data.masks import VOID
 
 Predictor = Callable[[Tensor], Tensor]
-_OVERLAP = Fraction(1, 3)  # of neighbouring windows
+OVERLAP = Fraction(1, 3)  # of neighbouring windows
 
 
 @dataclass(frozen=True)
@@ -122,29 +123,57 @@ def whole_logits(predictor: Predictor, images_BCHW: Tensor, window: tuple[int, i
 
     An image that is smaller than the window is padded with zeros, which is the mean colour.
     """
-    height, width = images_BCHW.shape[2:]
-    padded = F.pad(images_BCHW, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
-    tops, lefts = (_starts(*sides) for sides in zip(padded.shape[2:], window, strict=True))
-    total: Tensor | None = None
-    counts = padded.new_zeros(1, 1, *padded.shape[2:])
-    for top in tops:
-        for left in lefts:
-            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            logits_BKhw = predictor(padded[place]).float()
-            if total is None:
-                total = logits_BKhw.new_zeros(*logits_BKhw.shape[:2], *padded.shape[2:])
-            total[place] += logits_BKhw
-            counts[place] += 1
-    assert total is not None
-    mean_BKHW = (total / counts)[..., :height, :width]
+    logits = (predictor(window_BChw) for window_BChw in cut_windows(images_BCHW, window))
+    mean_BKHW = joined(logits, (images_BCHW.shape[2], images_BCHW.shape[3]), window)
     if mean_BKHW.shape[2:] == size:
         return mean_BKHW
     return F.interpolate(mean_BKHW, size=size, mode="bilinear", align_corners=False)
+
+
+def class_map(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class (B, *size) of the largest logit once these are resized to `size`; class by class, to save memory."""
+    best_BHW: Tensor | None = None
+    classes_BHW = torch.zeros(len(logits_BKHW), *size, dtype=torch.long, device=logits_BKHW.device)
+    for index, logits_B1HW in enumerate(logits_BKHW.split(1, dim=1)):
+        resized_BHW = F.interpolate(logits_B1HW, size=size, mode="bilinear", align_corners=False)[:, 0]
+        if best_BHW is None:
+            best_BHW = resized_BHW
+            continue
+        larger_BHW = resized_BHW > best_BHW
+        classes_BHW[larger_BHW] = index
+        best_BHW = torch.maximum(best_BHW, resized_BHW)
+    return classes_BHW
+
+
+def cut_windows(images_BCHW: Tensor, window: tuple[int, int]) -> list[Tensor]:
+    """The windows (B, C, h, w) that cover images of any size, row by row; views, unless an image had to be padded."""
+    height, width = images_BCHW.shape[2:]
+    padded = F.pad(images_BCHW, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
+    return [padded[place] for place in _places((height, width), window)]
+
+
+def joined(logits: Iterable[Tensor], size: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """Logits (B, K, *size), the mean over the windows (B, K, h, w), which come in the order of `cut_windows`."""
+    padded = [max(sides) for sides in zip(size, window, strict=True)]
+    total = counts = torch.zeros(())
+    for place, logits_BKhw in zip(_places(size, window), logits, strict=True):
+        if not total.ndim:
+            total = logits_BKhw.new_zeros(*logits_BKhw.shape[:2], *padded, dtype=torch.float32)
+            counts = total.new_zeros(1, 1, *padded)
+        total[place] += logits_BKhw.float()
+        counts[place] += 1
+    return (total / counts)[..., : size[0], : size[1]]
+
+
+def _places(size: tuple[int, int], window: tuple[int, int]) -> list[tuple[Any, slice, slice]]:
+    """Where the windows of an image of this size lie, row by row."""
+    tops, lefts = (_starts(max(sides), sides[1]) for sides in zip(size, window, strict=True))
+    return [(..., slice(top, top + window[0]), slice(left, left + window[1])) for top in tops for left in lefts]
 
 
 def _starts(side: int, window: int) -> list[int]:
     """Where windows begin along a side: evenly, the first at the start, the last at the end."""
     if side == window:
         return [0]
-    count = math.ceil((side - window) / (window * (1 - _OVERLAP))) + 1
+    count = math.ceil((side - window) / (window * (1 - OVERLAP))) + 1
     return [round(index * (side - window) / (count - 1)) for index in range(count)]

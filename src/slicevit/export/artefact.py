@@ -1,4 +1,4 @@
-"""What the formats share: how a width becomes files, and the manifest beside them.
+"""What the formats share: how a width becomes files.
 
 Legend of axis names: B images of a batch, N all images, C channels, H height, W width, K classes.
 """
@@ -11,18 +11,14 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from slicevit.costs import model_input_size
-from slicevit.data import TransformConfig, preprocessing
-from slicevit.elastic import ElasticModel
-from slicevit.export.check import Checked, Predictor
+from slicevit.export.check import Predictor
 
 MANIFEST = "manifest.json"
 INPUT, OUTPUT = "images", "logits"  # the names in the files
@@ -56,6 +52,7 @@ class Target:
         casts: the keys of `CASTS` that it can be written in.
         quantizer: what makes it int8.
         largest_batch: the most images at once; None is any number.
+        dense: whether it holds models that answer for every pixel too.
     """
 
     files: tuple[str, ...]
@@ -65,6 +62,7 @@ class Target:
     casts: tuple[str, ...] = tuple(CASTS)
     quantizer: Quantizer | None = None
     largest_batch: int | None = None
+    dense: bool = True
 
     @property
     def reduced(self) -> tuple[str, ...]:
@@ -102,25 +100,3 @@ def hushed() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def fitted(transform: TransformConfig, model: ElasticModel) -> TransformConfig:
-    """`transform` with the input size that the model takes."""
-    return replace(transform, img_size=model_input_size(model)[1:])
-
-
-def manifest(config: dict[str, Any], transform: TransformConfig, checked: Checked, **entries: Any) -> dict[str, Any]:
-    """What manifest.json says; `entries` come first."""
-    labels = {"label_names": config["label_names"]} if config.get("label_names") else {}
-    accuracy = {"accuracy": asdict(checked.accuracy)} if checked.accuracy else {}
-    return {
-        **entries,
-        "architecture": config["architecture"],
-        "num_classes": config["num_classes"],
-        **labels,
-        "input": INPUT,
-        "output": OUTPUT,
-        **preprocessing(transform),
-        "parity": asdict(checked.parity),
-        **accuracy,
-    }

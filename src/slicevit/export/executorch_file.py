@@ -115,4 +115,5 @@ FORMAT = Format(
     casts=("fp32", "fp16"),  # XNNPACK has no bfloat16
     quantizer=Quantizer(_quantize),
     largest_batch=LARGEST_BATCH,
+    dense=False,
 )

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from slicevit.calibration import require_statistics
-from slicevit.checkpoint import from_pretrained, read_config
-from slicevit.data import TransformConfig, eval_config
-from slicevit.elastic import ElasticModel
 from slicevit.export import executorch_file, onnx_file, openvino_file, timm_folder, torch_program
-from slicevit.export.artefact import CASTS, INT8, MANIFEST, Format, Target, fitted, manifest, require
-from slicevit.export.check import BATCH, Checked, Comparison
-from slicevit.export.images import Calibration, Images, calibration_images, check_images, labelled_images, own_data
+from slicevit.export.artefact import CASTS, INT8, MANIFEST, Format, Target, require
+from slicevit.export.check import Checked, Comparison
+from slicevit.export.classifier import Classifier
+from slicevit.export.images import Calibration, Images
+from slicevit.export.opened import Opened, Options
+from slicevit.export.opening import open_model
 from slicevit.export.placing import DISK_FULL, check_free, place, staging
 from slicevit.version import versions
 from slicevit.widths import parse_fraction
@@ -53,33 +53,11 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Options:
-    """In which numbers an export is written, and on which images that is done and checked.
-
-    Attributes:
-        precision: fp32, or what the format has of fp16, bf16 and int8.
-        data, data_root: the data set whose validation images check it, and its root folder; the run's own by default.
-        images: how many check it; by default 64 in fp32, and all of them in what loses accuracy.
-        calibrate: the data set, or folder of images, that int8 takes its ranges from; `data` by default.
-        max_loss: the largest loss of top-1, in points, that is not refused.
-    """
-
-    precision: str = "fp32"
-    data: str | None = None
-    data_root: str | None = None
-    images: int | None = None
-    calibrate: str | None = None
-    max_loss: float = 5.0
-
-
-@dataclass(frozen=True)
 class _Source:
     """A cut, opened."""
 
     cut: Cut
-    model: ElasticModel
-    config: dict[str, Any]
-    transform: TransformConfig
+    opened: Opened
     width: Fraction
     name: str
 
@@ -100,17 +78,22 @@ def export_widths(
     Every width is written and checked aside before the first is put in its place. An earlier export in this format
     is replaced file by file, its manifest last.
 
-    Raises ValueError when the format has not this precision, a package is missing, a folder holds anything else, a
-    run, a width or images cannot be had, a model cannot be written in this format, the disk does not take it, or its
-    logits or accuracy are off (see `check.Comparison`); `out` is then as it was.
+    Raises ValueError when the format has not this precision or cannot hold the model, a package is missing, a folder
+    holds anything else, a run, a width or images cannot be had, a model cannot be written in this format, the disk does
+    not take it, or its logits or accuracy are off (see `check.Comparison`); `out` is then as it was.
     """
     options = options or Options()
     target = _target(to, options.precision)
     for cut in cuts:
         check_free(out / cut.folder, to, target)
-    opened = lru_cache(_opened)  # widths of one run share its model
-    sources = [_source(cut, *opened(cut.run)) for cut in cuts]
-    images, calibration = _images(sources[0], options)
+    opened = lru_cache(open_model)  # widths of one run share its model
+    sources = [_source(cut, opened(cut.run)) for cut in cuts]
+    first = sources[0].opened
+    if first.task and not target.dense:
+        others = ", ".join(name for name, other in TARGETS.items() if other.dense)
+        raise ValueError(f"--to {to} holds classifiers alone, and {first.run} is a segmenter: give --to {others}")
+    images = first.images(options)
+    calibration = first.calibration(images, options) if options.precision == INT8 else None
     with staging(out) as staged:
         folders = [staged / cut.folder for cut in cuts]
         verdicts = []
@@ -149,42 +132,24 @@ def _target(to: str, precision: str) -> Target:
     return target
 
 
-def _opened(run: Path) -> tuple[ElasticModel, dict[str, Any], TransformConfig]:
-    model = from_pretrained(run)
-    config, _ = read_config(run)
-    return model, config, fitted(eval_config(config), model)
-
-
-def _source(cut: Cut, model: ElasticModel, config: dict[str, Any], transform: TransformConfig) -> _Source:
+def _source(cut: Cut, opened: Opened) -> _Source:
     try:
-        width, name = model.width(cut.width), str(parse_fraction(cut.name))
+        width, name = opened.model.width(cut.width), str(parse_fraction(cut.name))
     except ValueError as error:
         raise ValueError(f"--width {cut.name}: {error}") from None
-    require_statistics(model, cut.run, [width])
-    return _Source(cut, model, config, transform, width, name)
-
-
-def _images(source: _Source, options: Options) -> tuple[Images, Calibration | None]:
-    """What checks the widths, and what calibrates them."""
-    spec, root = (options.data, options.data_root) if options.data else own_data(source.config)
-    if options.precision == "fp32":
-        return check_images(spec, root, source.transform, options.images, bool(options.data)), None
-    images = labelled_images(spec, root, source.transform, options.images, source.model.num_classes)
-    if options.precision != INT8:
-        return images, None
-    if options.calibrate:
-        return images, calibration_images(options.calibrate, options.data_root, source.transform)
-    return images, calibration_images(images.name, root, source.transform)
+    require_statistics(opened.model, cut.run, [width])
+    return _Source(cut, opened, width, name)
 
 
 def _write(to: str, source: _Source, precision: str, calibration: Calibration | None, folder: Path, name: str) -> None:
-    dtype = CASTS.get(precision, torch.float32)
+    dtype, opened = CASTS.get(precision, torch.float32), source.opened
     if to == "timm":
-        timm_folder.write(source.model, source.width, source.config, source.transform, dtype, folder, name)
+        assert isinstance(opened, Classifier)
+        timm_folder.write(opened.model, source.width, opened.config, opened.transform_config, dtype, folder, name)
         return
-    form, module = FORMATS[to], source.model.to_timm(source.width).eval()
-    size = (source.transform.in_chans, *source.transform.img_size)
-    program = torch_program.traced(module if dtype == torch.float32 else torch_program.Cast(module, dtype), size)
+    form, module = FORMATS[to], opened.model.to_timm(source.width).eval()
+    cast = module if dtype == torch.float32 else torch_program.Cast(module, dtype)
+    program = torch_program.traced(cast, opened.input_size)
     if calibration is None:
         form.write(program, folder)
     else:
@@ -195,22 +160,16 @@ def _write(to: str, source: _Source, precision: str, calibration: Calibration | 
 def _check(
     to: str, source: _Source, folder: Path, images: Images, options: Options, say: Callable[[int, int], None]
 ) -> Checked:
-    comparison = Comparison(partial(source.model, width=source.width), TARGETS[to].load(folder))
-    done = 0
-    for images_BCHW, targets_B in images.batches(min(BATCH, TARGETS[to].largest_batch or BATCH)):
-        comparison.add(images_BCHW, targets_B)
-        done += len(targets_B)
-        say(done, images.count)
-    if options.precision == "fp32":
-        return comparison.exact(images.name)
-    return comparison.reduced(images.name, options.max_loss, options.precision)
+    opened, target = source.opened, TARGETS[to]
+    comparison = Comparison(partial(opened.model, width=source.width), target.load(folder), opened.figure)
+    return opened.check(comparison, images, target.largest_batch, options, say)
 
 
 def _describe(
     to: str, source: _Source, precision: str, calibration: Calibration | None, checked: Checked, folder: Path
 ) -> None:
     target = TARGETS[to]
-    module: Any = source.model.skeleton(source.width).module
+    module: Any = source.opened.model.skeleton(source.width).module
     packages, calibrated = target.packages, {}
     if calibration and target.quantizer:
         packages += target.quantizer.packages
@@ -225,5 +184,5 @@ def _describe(
         **calibrated,
         "versions": versions(packages),
     }
-    described = manifest(source.config, source.transform, checked, **entries)
+    described = source.opened.manifest(checked, **entries)
     (folder / MANIFEST).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

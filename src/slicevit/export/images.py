@@ -25,6 +25,8 @@ from slicevit.data import (
     eval_transform,
     open_dataset,
 )
+from slicevit.data.image_set import IMAGE_MODES
+from slicevit.data.transforms import PairTransform
 from slicevit.export.check import BATCH
 
 CHECKED = 64
@@ -45,10 +47,10 @@ class Images:
     name: str
     count: int
     dataset: ImageSet | StreamSet
-    transform: Transform
+    transform: Transform | PairTransform
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, H, W) and classes (B,), `size` at a time."""
+        """Images (B, C, H, W) and classes (B,), or masks (B, H, W), `size` at a time."""
         stride = max(1, len(self.dataset) // self.count)
         left = self.count
         for images_BCHW, targets_B in eval_batches(self.dataset, self.transform, size, world_size=stride):
@@ -118,7 +120,7 @@ def calibration_images(spec: str, root: str | None, transform: TransformConfig) 
     """
     folder = Path(spec).expanduser()
     if folder.is_dir() and not (folder / "train").is_dir():
-        return Calibration(spec, _folder_images(spec, folder, transform))
+        return Calibration(spec, folder_images(spec, eval_transform(transform), transform.in_chans))
     try:
         images = _images(spec, "train", root, transform, CALIBRATING)
     except ValueError as error:
@@ -131,11 +133,15 @@ def _images(spec: str, split: str, root: str | None, transform: TransformConfig,
     return Images(spec, min(count or len(dataset), len(dataset)), dataset, eval_transform(transform))
 
 
-def _folder_images(spec: str, folder: Path, transform: TransformConfig) -> Tensor:
-    found, _ = find_images_and_targets(str(folder))
+def folder_images(spec: str, convert: Transform, in_chans: int) -> Tensor:
+    """Up to 256 images (N, C, H, W), spread evenly over a folder, as `convert` makes them.
+
+    Raises ValueError when it holds none, or one of them cannot be read.
+    """
+    found, _ = find_images_and_targets(str(Path(spec).expanduser()))
     if not found:
         raise ValueError(f"--calibrate {spec} holds no images")
-    convert, mode = eval_transform(transform), "L" if transform.in_chans == 1 else "RGB"
+    mode = IMAGE_MODES[in_chans]
     images = []
     for path, _ in found[:: max(1, len(found) // CALIBRATING)][:CALIBRATING]:
         try:

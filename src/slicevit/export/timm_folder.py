@@ -88,7 +88,7 @@ def _load(folder: Path) -> Predictor:
     return module
 
 
-TARGET = Target(files=(WEIGHTS, CONFIG, CARD), load=_load)
+TARGET = Target(files=(WEIGHTS, CONFIG, CARD), load=_load, dense=False)
 
 
 def _card(architecture: str, width: Fraction, name: str) -> str:

@@ -18,9 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from slicevit.calibration import require_statistics
-from slicevit.checkpoint import from_pretrained, read_config
-from slicevit.data import eval_config, eval_transform
-from slicevit.export.artefact import fitted
+from slicevit.export.opening import open_model
 from slicevit.runtime.backends import Backend, Call, Precision, Settings
 from slicevit.runtime.backends.exported import OnnxRuntime, OpenVino
 from slicevit.runtime.backends.torch_views import TorchCompiled, TorchViews
@@ -59,9 +57,11 @@ class Engine:
         precision: float32 or bfloat16.
         threads: as given.
         packages: what the engine needs beside torch.
-        architecture: timm's name of the model.
+        task: what it is for, as `slicevit.checkpoint.task_of` says it.
+        figure: by which its widths are compared.
+        architecture: timm's name of the model, or of a segmenter's backbone.
         widths: the legal widths, narrowest first.
-        input_size: (C, H, W) of the images.
+        input_size: (C, H, W) of the images, or of a segmenter's windows.
         num_classes: K.
         label_names: the names of the classes where the run knows them, else None.
 
@@ -79,24 +79,14 @@ class Engine:
         memory_limit: int | None = None,
     ):
         settings = _settings(engine, device, precision, threads, memory_limit)
-        if Path(run, "separate").is_dir():
-            raise ValueError(
-                f"{run} trained each width alone, so no model in it has every width: "
-                f"name the folder of one, such as {Path(run, 'separate', '1-4')}"
-            )
-        config, _ = read_config(run)
-        model = from_pretrained(run)
+        self.opened = opened = open_model(run)
+        model = opened.model
         require_statistics(model, run)
-        transform = fitted(eval_config(config), model)
         self.name, self.device, self.precision = engine, settings.device, settings.precision
         self.threads, self.packages = threads, _BACKENDS[engine].packages
-        self.architecture: str = config["architecture"]
-        self.widths = model.widths
-        self.input_size = (transform.in_chans, *transform.img_size)
-        self.num_classes: int = model.num_classes
-        self.label_names: tuple[str, ...] | None = tuple(config.get("label_names") or ()) or None
-        self._mode = "L" if transform.in_chans == 1 else "RGB"
-        self._transform = eval_transform(transform)
+        self.task, self.figure, self.architecture = opened.task, opened.figure, opened.architecture
+        self.widths, self.input_size = model.widths, opened.input_size
+        self.num_classes, self.label_names = opened.num_classes, opened.label_names
         self._legal = model.width
         self._limit = memory_limit
         self._ready: OrderedDict[Width, _Ready] = OrderedDict()  # least recently used first; 0.5 and 1/2 are one key
@@ -113,8 +103,11 @@ class Engine:
             return {Fraction(width): ready.weights for width, ready in self._ready.items()}
 
     def transform(self, image: Image.Image) -> Tensor:
-        """The float32 tensor (C, H, W) of an image in any mode, as the run was evaluated."""
-        return self._transform(image.convert(self._mode))
+        """The float32 tensor (C, H, W) of an image in any mode, as the run was evaluated.
+
+        It has the size that `run` takes; of a segmenter the shorter side has that of a window.
+        """
+        return self.opened.prepared(image)
 
     def ready(self, width: Width) -> None:
         """Build `width` now if it is not there, so that the next `run` need not.
@@ -126,6 +119,8 @@ class Engine:
 
     def run(self, images_BCHW: Tensor, width: Width) -> Tensor:
         """Float32 logits (B, K) of float32 images (B, C, H, W) at `width`, both on the CPU; in any thread.
+
+        Of a segmenter (B, K, H, W), of windows.
 
         Raises what `ready` raises, and ValueError for images of another size or type.
         """

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from slicevit.evaluation.figures import TOP1, Figure
 from slicevit.evaluation.latency import time_in_turns
-from slicevit.evaluation.results import read_results
+from slicevit.evaluation.results import read_figures
 from slicevit.files import write_text
 from slicevit.runtime.backends import Precision
 from slicevit.runtime.energy import joules, joules_of
@@ -59,13 +60,13 @@ def profile_run(
             all alike.
         progress: is told how far it is.
 
-    The table holds, in `rows` for every width: `top1` of results.json; the median (`latency_ms`) and the 99th
-    percentile (`p99_ms`) of `calls` calls of `Engine.run` at every batch size; `weights_mb`, the bytes of its weights
-    as the engine holds them; `call_mb`, the most by which the first call at the largest batch size raised the memory
-    in use (the process's resident set, or CUDA's allocated memory; None where the system does not tell); `memory_mb`,
-    both together; `energy_j`, the joules of an image in calls of the largest batch size, by the machine's own counters
-    (see `energy.joules`; None without them); `beaten_by`, a width that is at least as accurate and as fast at every
-    batch size, and better in one of these.
+    The table holds, in `rows` for every width: `top1` of results.json, or of a segmenter `miou` (`figure` says which);
+    the median (`latency_ms`) and the 99th percentile (`p99_ms`) of `calls` calls of `Engine.run` at every batch size;
+    `weights_mb`, the bytes of its weights as the engine holds them; `call_mb`, the most by which the first call at the
+    largest batch size raised the memory in use (the process's resident set, or CUDA's allocated memory; None where the
+    system does not tell); `memory_mb`, both together; `energy_j`, the joules of an image in calls of the largest batch
+    size, by the machine's own counters (see `energy.joules`; None without them); `beaten_by`, a width that is at least
+    as accurate and as fast at every batch size, and better in one of these.
 
     An earlier profile of the same engine, device and precision is replaced at the end, in one step. Raises ValueError
     when the run has no accuracy of a width, or for what `Engine` refuses.
@@ -90,16 +91,17 @@ def measure_run(
     if not Path(run).is_dir():
         raise ValueError(f"{run} is no folder: a profile is written into a run's folder on this disk")
     with Engine(run, engine, device, precision, threads) as ready:
-        top1 = _accuracies(run, ready.widths)
+        scores = _scores(run, ready.widths, ready.figure)
         call_mb = _memory(ready, max(sizes), progress)
         timings = {size: _timings(ready, size, seconds, progress) for size in sizes}
         energy_j = _energy(ready, max(sizes), seconds, progress)
-        rows = [_row(ready, width, top1[width], timings, call_mb[width], energy_j[width]) for width in ready.widths]
-        profile = _profile(rows, "latency_ms")
+        rows = [_row(ready, width, scores[width], timings, call_mb[width], energy_j[width]) for width in ready.widths]
+        table = _described(ready, seconds) | {"rows": rows}
+        profile = _profile(table, "latency_ms")
         for row, measured in zip(rows, profile.rows, strict=True):
             better = profile.better_than(measured)
             row["beaten_by"] = None if better is None else str(better.width)
-        return _described(ready, seconds) | {"rows": rows}
+        return table
 
 
 def write_table(run: str | Path, table: dict[str, Any]) -> None:
@@ -110,7 +112,7 @@ def write_table(run: str | Path, table: dict[str, Any]) -> None:
 
 def profile_of(table: dict[str, Any], latency: Literal["latency_ms", "p99_ms"] = "latency_ms") -> Profile:
     """A table of `measure_run` as the policies read it; `latency` as of `read_profile`."""
-    return _profile(table["rows"], latency)
+    return _profile(table, latency)
 
 
 def read_profile(
@@ -139,7 +141,7 @@ def read_table(run: str | Path, engine: str, device: str, precision: str = "floa
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         for latency in ("latency_ms", "p99_ms"):
-            _profile(table["rows"], latency)
+            _profile(table, latency)
     except FileNotFoundError:
         raise ValueError(f"{run} has no profile of engine {engine} on the {device}: run `{command}`") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -147,10 +149,12 @@ def read_table(run: str | Path, engine: str, device: str, precision: str = "floa
     return dict(table)
 
 
-def _profile(rows: Sequence[dict[str, Any]], latency: str) -> Profile:
+def _profile(table: dict[str, Any], latency: str) -> Profile:
+    rows = table["rows"]
+    figure = table.get("figure", TOP1.column)  # tables that older versions wrote are of classifiers
     return Profile.parse(
         {name: row.get(name) for name in ("memory_mb", "energy_j")}
-        | {"width": row["width"], "top1": row["top1"], "latency_ms": row[latency]}
+        | {"width": row["width"], "top1": row[figure], "latency_ms": row[latency]}
         for row in rows
     )
 
@@ -163,14 +167,14 @@ def _checked(batch: Sequence[int], seconds: float) -> list[int]:
     return sorted(set(batch))
 
 
-def _accuracies(run: str | Path, widths: Sequence[Fraction]) -> dict[Fraction, float]:
+def _scores(run: str | Path, widths: Sequence[Fraction], figure: Figure) -> dict[Fraction, float]:
     if not Path(run, "results.json").exists():
         raise ValueError(f"{run} has no results: its widths have no accuracy yet; run `slicevit eval {run}` first")
-    top1 = {Fraction(row.width): row.top1 for row in read_results(run)}
-    missing = [width for width in widths if width not in top1]
+    scores = read_figures(run, figure.column)
+    missing = [width for width in widths if width not in scores]
     if missing:
         raise ValueError(f"{run} has no accuracy of width {missing[0]} in its results: run `slicevit eval {run}` again")
-    return top1
+    return scores
 
 
 def _memory(engine: Engine, batch: int, progress: Progress) -> dict[Fraction, float | None]:
@@ -209,7 +213,7 @@ def _energy(engine: Engine, batch: int, seconds: float, progress: Progress) -> d
 def _row(
     engine: Engine,
     width: Fraction,
-    top1: float,
+    score: float,
     timings: dict[int, dict[str, list[float]]],
     call_mb: float | None,
     energy_j: float | None,
@@ -218,7 +222,7 @@ def _row(
     weights_mb = engine.held[width] / 1e6
     return {
         "width": str(width),
-        "top1": top1,
+        engine.figure.column: score,
         "latency_ms": {size: median(values) for size, values in times.items()},
         "p99_ms": {size: float(np.percentile(values, 99)) for size, values in times.items()},
         "calls": {size: len(values) for size, values in times.items()},
@@ -234,6 +238,7 @@ def _described(engine: Engine, seconds: float) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return {
+        "figure": engine.figure.column,
         "engine": engine.name,
         "device": engine.device,
         "precision": engine.precision,

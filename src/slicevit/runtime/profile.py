@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
         width: the exact fraction of the full width.
-        top1: accuracy, in per cent.
+        top1: accuracy, in per cent: top-1, or of a segmenter mIoU.
         latency_ms: measured batch size -> milliseconds of a call.
         energy_j: joules of an image, or None where it was not measured.
         memory_mb: peak megabytes of a call, or None where it was not measured.

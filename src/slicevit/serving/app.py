@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -18,13 +19,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slicevit.runtime.profile import Profile
 from slicevit.serving.forms import media_type
+from slicevit.serving.masks import MASK_RESPONSE, as_png, prefers_png
 from slicevit.serving.openapi import body, problems
 from slicevit.serving.refusal import EngineFailed, Refusal
 from slicevit.serving.runs import Runs
-from slicevit.serving.schemas import Classified, ImageInForm, ImageInJson, Model, SloChange, State, Status
+from slicevit.serving.schemas import Model, Segmented, SloChange, State, Status
 from slicevit.serving.serves import Serves
 from slicevit.serving.service import Service
 from slicevit.serving.settings import Settings
+from slicevit.serving.tasks import TASKS, Task
 from slicevit.version import __version__
 
 PAGE = Path(__file__).parent / "page.html"  # what it loads lies in page/
@@ -71,26 +74,38 @@ def app_of(service: Serves, lifespan: Callable[[FastAPI], AbstractAsyncContextMa
 
 def _add_routes(app: FastAPI, service: Serves) -> None:
     settings, described = service.settings, service.model()
+    by_name: dict[str, type[Task]] = {task or "classification": kind for task, kind in TASKS.items()}
+    task = by_name.pop(described.task)
     images = body(
-        {"multipart/form-data": ImageInForm, "application/json": ImageInJson},
+        {"multipart/form-data": task.question.in_form, "application/json": task.question.in_json},
         width={"enum": [row.width for row in described.widths]},
         top_k={"maximum": described.num_classes},
     )
 
     @app.post(
-        "/v1/classify",
-        response_model=Classified,
-        responses=problems(400, 408, 413, 415, 422, 429, 500, 503),
+        task.path,
+        response_model=task.response,
+        responses=(MASK_RESPONSE if task.response is Segmented else {})
+        | problems(400, 408, 413, 415, 422, 429, 500, 503),
         openapi_extra=images,
-        summary="Classify an image",
+        summary=task.summary,
     )
-    async def classify(request: Request) -> Classified:
+    async def respond(request: Request) -> Any:
         content_type = request.headers.get("content-type", "")
         in_base64 = media_type(content_type) == "application/json"
         limit = settings.max_bytes * 4 // 3 if in_base64 else settings.max_bytes
         with service.admitted():
             sent = await _read(request, limit + _FORM_BYTES, settings.body_seconds)
-            return await service.classify(sent, content_type)
+            response = await service.respond(sent, content_type)
+        if isinstance(response, Segmented) and prefers_png(request.headers.get("accept", "")):
+            return as_png(response)
+        return response
+
+    async def elsewhere(request: Request) -> Response:
+        raise Refusal(404, f"a model for {described.task} is served here: post the image to {task.path}")
+
+    for other in by_name.values():
+        app.add_api_route(other.path, elsewhere, methods=["POST"], include_in_schema=False)
 
     @app.get("/v1/model", summary="What is served")
     async def model() -> Model:

@@ -28,7 +28,8 @@ class Arguments:
     slo_ms: float = 100.0
     """Milliseconds within which a request is to be answered that brings no deadline of its own."""
     min_top1: float | None = None
-    """The lowest top-1 accuracy that the policy may choose, as a share: 0.8 is 80 per cent."""
+    """The lowest top-1 accuracy that the policy may choose, as a share: 0.8 is 80 per cent. Of a segmenter
+    mIoU."""
     policy: Literal["deadline-slack", "fixed", "budget"] = "deadline-slack"
     """deadline-slack: the most accurate width that keeps all deadlines. fixed: always --width. budget: the most
     accurate width whose call keeps --budget-ms."""

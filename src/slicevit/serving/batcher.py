@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import count
 
@@ -33,10 +33,10 @@ logger = logging.getLogger("slicevit.serving")
 
 @dataclass(frozen=True)
 class Answer:
-    """What the engine says of one image.
+    """What the engine says of one image, or of one window of it.
 
     Attributes:
-        probabilities_K: softmax of its logits.
+        output: what `outputs` of the batcher made of its logits.
         width: the width that answered.
         batch: how many images the call had.
         reason: why this width, in a sentence.
@@ -44,7 +44,7 @@ class Answer:
         finished: when the batcher was done with the call.
     """
 
-    probabilities_K: Tensor
+    output: Tensor
     width: Fraction
     batch: int
     reason: str
@@ -81,6 +81,7 @@ class Batcher:
         policy: chooses among them (see `choice.policy_of`).
         margin: what service takes beyond the table; is kept up to date here.
         called: told of every call: its width, its number of images and its milliseconds in the engine.
+        outputs: what the answers hold of a batch's logits.
         clock: milliseconds.
     """
 
@@ -92,10 +93,11 @@ class Batcher:
         policy: Policy,
         margin: Margin,
         called: Callable[[Fraction, int, float], None],
+        outputs: Callable[[Tensor], Tensor],
         clock: Callable[[], float] = milliseconds,
     ):
         self._engine, self._legal, self._policy, self._margin = engine, set(legal), policy, margin
-        self._called, self._clock = called, clock
+        self._called, self._outputs, self._clock = called, outputs, clock
         self._table, self._choice = table, self._choice_of(table)
         self._waiting: dict[int | str, _Waiting] = {}
         self._keys = count()
@@ -151,8 +153,8 @@ class Batcher:
             self._changed.notify()
         return waiting.answer
 
-    def too_late(self, deadline: float, width: Fraction | None = None) -> bool:
-        """Whether a request that came now would be answered late: at this width, or at the fastest legal one.
+    def too_late(self, deadline: float, width: Fraction | None = None, count: int = 1) -> bool:
+        """Whether a request of `count` images would be answered late now: at this width, or at the fastest legal one.
 
         The call that runs and those that wait with an earlier deadline go first. In overload this keeps the queue so
         short that large batches fit its deadlines; a queue of requests that are all about to be late is answered one by
@@ -162,14 +164,14 @@ class Batcher:
         with self._changed:
             before = [each.request.deadline_ms for each in self._waiting.values()]
         if not before and self._busy_since is None:
-            return deadline < now + self._quickest(width).latency(1)
+            return deadline < now + _in_turns(self._quickest(width), count)
         table = self._margin.table(now)
         fastest = self._fastest(table)
         before = sorted(each for each in before if each <= deadline)
         start = max(now, self._busy_until) + self._margin.event_loop(now)
         if width is None:
-            return not served(fastest, [*before, deadline], start)[1]
-        return deadline < served(fastest, before, start)[0] + table.row(width).latency(1)
+            return not served(fastest, [*before, *[deadline] * count], start)[1]
+        return deadline < served(fastest, before, start)[0] + _in_turns(table.row(width), count)
 
     def overloaded(self, why: str) -> Refusal:
         """A 429 with the whole seconds, at least 1, in which the fastest legal width works off the queue."""
@@ -244,7 +246,7 @@ class Batcher:
                 raise ArithmeticError(
                     f"{len(logits_BK)} rows of logits for {len(batch)} images, or some are not finite"
                 )
-            probabilities_BK = logits_BK.softmax(1)
+            outputs = self._outputs(logits_BK)
         except Exception as error:
             logger.exception("the engine failed at width %s on %d images", decision.width, len(batch))
             for each in batch:
@@ -255,12 +257,28 @@ class Batcher:
         self._margin.call_took(finished, predicted, ended - started, finished - ended + started - decided)
         self._called(decision.width, len(batch), ended - started)
         how = (decision.width, len(batch), decision.reason, started, ended, finished)
-        for each, probabilities_K in zip(batch, probabilities_BK, strict=True):
-            each.answer.set_result(Answer(probabilities_K, *how))
+        for each, output in zip(batch, outputs, strict=True):
+            each.answer.set_result(Answer(output, *how))
 
     def _pop(self, keys: Iterable[int | str]) -> list[_Waiting]:
         with self._changed:
             return [self._waiting.pop(key) for key in keys]
+
+
+def together(answers: Sequence[Answer]) -> Answer:
+    """Of the windows of one image: the narrowest width with its reason, the largest batch, the first begin, the end."""
+    return replace(
+        min(answers, key=lambda answer: answer.width),
+        batch=max(answer.batch for answer in answers),
+        started=min(answer.started for answer in answers),
+        ended=max(answer.ended for answer in answers),
+        finished=max(answer.finished for answer in answers),
+    )
+
+
+def _in_turns(row: Row, count: int) -> float:
+    """Milliseconds of so many images, batch after batch."""
+    return served(row, [math.inf] * count, 0.0)[0]
 
 
 def _fail(waiting: _Waiting, error: Exception) -> None:

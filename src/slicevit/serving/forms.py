@@ -12,9 +12,8 @@ from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import File, FormParser, parse_options_header
 
 from slicevit.serving.refusal import Refusal, quoted
-from slicevit.serving.schemas import ImageInJson, Options
+from slicevit.serving.schemas import CLASSIFY, Options, Question
 
-FIELDS = ("image", "deadline_ms", "width", "top_k")
 _MOST_PARTS = 16
 _IMAGE_HINT = "send the file as field image of multipart/form-data, or in base64 as image of JSON"
 
@@ -29,7 +28,9 @@ class Asked:
     options: Options
 
 
-def read_form(body: bytes, content_type: str, max_bytes: int, hints: Mapping[str, str]) -> Asked:
+def read_form(
+    body: bytes, content_type: str, max_bytes: int, hints: Mapping[str, str], question: Question = CLASSIFY
+) -> Asked:
     """The image and options of a body.
 
     Args:
@@ -37,6 +38,7 @@ def read_form(body: bytes, content_type: str, max_bytes: int, hints: Mapping[str
         content_type: the header.
         max_bytes: of the image file.
         hints: field -> its legal values, for messages.
+        question: what may be in it.
 
     Raises:
         Refusal: 400 no such body as the content type says; 413 too many bytes; 415 another content type; 422 a field
@@ -44,9 +46,9 @@ def read_form(body: bytes, content_type: str, max_bytes: int, hints: Mapping[str
     """
     kind = media_type(content_type)
     if kind == "application/json":
-        asked = _from_json(body, {"image": _IMAGE_HINT, **hints})
+        asked = _from_json(body, {"image": _IMAGE_HINT, **hints}, question)
     elif kind == "multipart/form-data":
-        asked = _from_multipart(body, content_type, {"image": _IMAGE_HINT, **hints})
+        asked = _from_multipart(body, content_type, {"image": _IMAGE_HINT, **hints}, question)
     else:
         raise Refusal(415, "send multipart/form-data or application/json; see /docs")
     if len(asked.image) > max_bytes:
@@ -59,16 +61,16 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def read_json(kind: type[M], body: bytes, hints: Mapping[str, str]) -> M:
-    """A model from JSON. Raises Refusal: 400 when it is no JSON, 422 when it is another."""
+def read_json(kind: type[M], body: bytes, hints: Mapping[str, str], fields: str) -> M:
+    """A model from JSON. Raises Refusal: 400 when it is no JSON, 422 when it is another; `fields` are its fields."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refused(error, hints) from None
+        raise _refused(error, hints, fields) from None
 
 
-def _from_json(body: bytes, hints: Mapping[str, str]) -> Asked:
-    found = read_json(ImageInJson, body, hints)
+def _from_json(body: bytes, hints: Mapping[str, str], question: Question) -> Asked:
+    found = read_json(question.in_json, body, hints, question.fields)
     try:
         image = base64.b64decode("".join(found.image.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -77,7 +79,7 @@ def _from_json(body: bytes, hints: Mapping[str, str]) -> Asked:
     return Asked(image, found)
 
 
-def _from_multipart(body: bytes, content_type: str, hints: Mapping[str, str]) -> Asked:
+def _from_multipart(body: bytes, content_type: str, hints: Mapping[str, str], question: Question) -> Asked:
     parts = _parts(body, content_type)
     names = [name for name, _ in parts]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -88,9 +90,9 @@ def _from_multipart(body: bytes, content_type: str, hints: Mapping[str, str]) ->
     image = fields.pop("image")
     try:
         # a number in a form is text: JSON's reading of it is the one reading
-        options = Options.model_validate_strings({name: _text(value) for name, value in fields.items()})
+        options = question.options.model_validate_strings({name: _text(value) for name, value in fields.items()})
     except ValidationError as error:
-        raise _refused(error, hints) from None
+        raise _refused(error, hints, question.fields) from None
     return Asked(image, options)
 
 
@@ -132,15 +134,15 @@ def _parts(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
     return found
 
 
-def _refused(error: ValidationError, hints: Mapping[str, str]) -> Refusal:
+def _refused(error: ValidationError, hints: Mapping[str, str], fields: str) -> Refusal:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is no JSON ({quoted(first['msg'])})")
     if not first["loc"]:
-        return Refusal(422, f"the body is no JSON object with {', '.join(FIELDS)}")
+        return Refusal(422, f"the body is no JSON object with {fields}")
     name = str(first["loc"][0])
     if name in hints:
         return Refusal(422, f"{name}: {hints[name]}")
     if first["type"] == "extra_forbidden":
-        return Refusal(422, f"{quoted(name)}: there is no such field; the fields are {', '.join(FIELDS)}")
+        return Refusal(422, f"{quoted(name)}: there is no such field; the fields are {fields}")
     return Refusal(422, f"{name}: {first['msg']}")

@@ -1,17 +1,16 @@
-"""Bytes that a stranger sent, to the tensor that the engine takes.
-
-Legend of axis names: C channels, H height, W width.
-"""
+"""Bytes that a stranger sent, to what the engine takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from slicevit.serving.refusal import Refusal, quoted
+
+T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_ASPECT = 50  # a side of 1 pixel times 50 million is resized to billions of pixels
@@ -20,8 +19,8 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
 
 
-def read_image(content: bytes, transform: Callable[[Image.Image], Tensor], max_pixels: int) -> Tensor:
-    """Decode an image and transform it to a float32 tensor (C, H, W).
+def read_image(content: bytes, transform: Callable[[Image.Image], T], max_pixels: int) -> T:
+    """Decode an image and transform it to what the engine takes.
 
     The size in the header is checked before anything is decoded. An animation gives its first frame. What becomes of a
     palette, 16 bits, CMYK or transparency is the transform's affair, and EXIF orientation is not applied: both as
@@ -29,7 +28,7 @@ def read_image(content: bytes, transform: Callable[[Image.Image], Tensor], max_p
 
     Args:
         content: the image file.
-        transform: `Engine.transform`.
+        transform: such as `Engine.transform`, which decodes it.
         max_pixels: the largest width times height.
 
     Raises:

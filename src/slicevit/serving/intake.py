@@ -1,6 +1,6 @@
 """From the bytes of a request to what is queued.
 
-Times are milliseconds. Legend of axis names: C channels, H height, W width.
+Times are milliseconds.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from torch import Tensor
-
 from slicevit.runtime.profile import Profile, Row, names
 from slicevit.serving.forms import read_form, read_json
 from slicevit.serving.images import read_image
 from slicevit.serving.refusal import Refusal, quoted
-from slicevit.serving.runs import Runs
-from slicevit.serving.schemas import SloChange
+from slicevit.serving.schemas import Options, SloChange
 from slicevit.serving.settings import MAX_DEADLINE_MS, Settings
+from slicevit.serving.tasks import Decoded, Task
 from slicevit.widths import parse_fraction
 
 PATIENCE = 10  # calls of its width that a request has time for which names a width and no deadline; at least the target
-_TOP_K = 5
 
 
 @dataclass(frozen=True)
@@ -30,17 +27,17 @@ class Prepared:
     """A request that can be queued.
 
     Attributes:
-        image_CHW: what the engine takes.
+        image: what the engine takes.
         deadline: when its answer is due, on the server's clock.
         width: that it names, or None.
-        top_k: how many labels it wants.
+        options: what came with it.
         decoded: when the image was ready.
     """
 
-    image_CHW: Tensor
+    image: Decoded
     deadline: float
     width: Fraction | None
-    top_k: int
+    options: Options
     decoded: float
 
 
@@ -48,22 +45,22 @@ class Intake:
     """Reads requests, in any thread, and refuses what cannot be one.
 
     Args:
-        engine: whose images they are.
+        task: whose images they are.
         table: the widths that a request may name.
         legal: those that the policy may choose.
         settings: the limits.
         clock: of the deadlines.
     """
 
-    def __init__(self, engine: Runs, table: Profile, legal: Profile, settings: Settings, clock: Callable[[], float]):
-        self._engine, self._table, self._settings, self._clock = engine, table, settings, clock
+    def __init__(self, task: Task, table: Profile, legal: Profile, settings: Settings, clock: Callable[[], float]):
+        self._task, self._table, self._settings, self._clock = task, table, settings, clock
         self._quickest = min(map(_least, legal.rows))
         span = f"give milliseconds from {self._quickest:g}, which the fastest width takes here, to {MAX_DEADLINE_MS:g}"
         self._hints = {
             "deadline_ms": span,
             "slo_ms": span,
             "width": f'the widths are {names(table.rows)}; write one as text, such as "{table.rows[-1].width}"',
-            "top_k": f"give a whole number from 1 to {engine.num_classes}, the number of classes",
+            **task.hints,
         }
 
     def checked_slo(self, slo_ms: float, name: str) -> float:
@@ -75,7 +72,7 @@ class Intake:
     def new_slo(self, body: bytes) -> float:
         """The target in a JSON body. Raises Refusal (400 or 422)."""
         try:
-            return self.checked_slo(read_json(SloChange, body, self._hints).slo_ms, "slo_ms")
+            return self.checked_slo(read_json(SloChange, body, self._hints, "slo_ms").slo_ms, "slo_ms")
         except ValueError as error:
             raise Refusal(422, str(error)) from None
 
@@ -98,16 +95,15 @@ class Intake:
         Raises:
             Refusal: 400, 413, 415 or 422; and what `admit` raises.
         """
-        asked = read_form(body, content_type, self._settings.max_bytes, self._hints)
+        asked = read_form(body, content_type, self._settings.max_bytes, self._hints, self._task.question)
         row = None if asked.options.width is None else self._row(asked.options.width)
         due = self._due(asked.options.deadline_ms, row, slo_ms)
-        top_k = asked.options.top_k or min(_TOP_K, self._engine.num_classes)
-        if top_k > self._engine.num_classes:
-            raise Refusal(422, f"top_k: {self._hints['top_k']}")
+        if wrong := self._task.wrong(asked.options):
+            raise Refusal(422, wrong)
         width = None if row is None else row.width
         admit(arrival + due, width)
-        image_CHW = read_image(asked.image, self._engine.transform, self._settings.max_pixels)
-        return Prepared(image_CHW, arrival + due, width, top_k, self._clock())
+        image = read_image(asked.image, self._task.decoded, self._settings.max_pixels)
+        return Prepared(image, arrival + due, width, asked.options, self._clock())
 
     def _row(self, width: str) -> Row:
         try:

@@ -8,9 +8,17 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
+from slicevit.evaluation.figures import Figure
+
 
 class Runs(Protocol):
     """An engine."""
+
+    @property
+    def task(self) -> str | None: ...
+
+    @property
+    def figure(self) -> Figure: ...
 
     @property
     def widths(self) -> tuple[Fraction, ...]: ...

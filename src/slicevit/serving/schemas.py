@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +15,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Options(BaseModel):
-    """What may come with an image."""
+    """What may come with an image, whatever is asked of it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -25,19 +26,58 @@ class Options(BaseModel):
         pattern=WIDTH_PATTERN,
         description='Answer at this width, such as "1/2"; else the policy\'s.',
     )
+
+
+class ClassifyOptions(Options):
+    """What may come with an image to be classified."""
+
     top_k: int | None = Field(None, ge=1, description="How many labels; 5 unless told, at most one a class.")
 
 
-class ImageInJson(Options):
+class InJson(BaseModel):
     """An image in base64."""
 
     image: str = Field(description="The image file in base64.", json_schema_extra={"contentEncoding": "base64"})
 
 
-class ImageInForm(Options):
+class InForm(BaseModel):
     """An image as a form field; here it is only described."""
 
     image: bytes = Field(description="The image file.")
+
+
+class ImageInJson(InJson, ClassifyOptions):
+    """An image to be classified, in base64."""
+
+
+class ImageInForm(InForm, ClassifyOptions):
+    """An image to be classified, as a form field."""
+
+
+class SceneInJson(InJson, Options):
+    """An image to be segmented, in base64."""
+
+
+class SceneInForm(InForm, Options):
+    """An image to be segmented, as a form field."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What may be sent to a route: the options beside an image, and both together in JSON and in a form."""
+
+    options: type[Options]
+    in_json: type[ImageInJson] | type[SceneInJson]
+    in_form: type[ImageInForm] | type[SceneInForm]
+
+    @property
+    def fields(self) -> str:
+        """The names of the fields, for messages."""
+        return ", ".join(("image", *self.options.model_fields))
+
+
+CLASSIFY = Question(ClassifyOptions, ImageInJson, ImageInForm)
+SEGMENT = Question(Options, SceneInJson, SceneInForm)
 
 
 class SloChange(BaseModel):
@@ -56,16 +96,41 @@ class Label(BaseModel):
     probability: Share
 
 
-class Classified(BaseModel):
-    """The answer to an image."""
+class ClassShare(BaseModel):
+    """One class, and its share of the pixels."""
 
-    labels: list[Label] = Field(description="Most probable first.")
-    width: str = Field(description="The width that answered.")
-    batch: int = Field(description="How many images were computed together.")
+    label: str
+    index: int
+    share: Share
+
+
+class Course(BaseModel):
+    """How an answer came about."""
+
+    width: str = Field(description="The width that answered; of several windows the narrowest.")
+    batch: int = Field(description="How many images, or windows, were computed together.")
     decode_ms: float = Field(description="From the last byte of the request until the image was decoded.")
     queue_ms: float = Field(description="From then until the computation began.")
-    compute_ms: float = Field(description="Of the computation of the batch.")
+    compute_ms: float = Field(description="Of the computation of the batch; of several windows until the last ended.")
     reason: str = Field(description="Why this width.")
+
+
+class Classified(Course):
+    """The answer to an image that was to be classified."""
+
+    labels: list[Label] = Field(description="Most probable first.")
+
+
+class Segmented(Course):
+    """The answer to an image that was to be segmented."""
+
+    mask: str = Field(
+        description="A PNG in base64, in shades of gray: a pixel's value is the index of its class.",
+        json_schema_extra={"contentEncoding": "base64", "contentMediaType": "image/png"},
+    )
+    size: list[int] = Field(description="Height and width of the mask, which are the image's.")
+    windows: int = Field(description="Of how many windows it was computed.")
+    classes: list[ClassShare] = Field(description="The classes that are there, the largest first.")
 
 
 class WidthRow(BaseModel):
@@ -80,10 +145,12 @@ class WidthRow(BaseModel):
 class Model(BaseModel):
     """What is served."""
 
+    task: Literal["classification", "segmentation"]
+    figure: str = Field(description="What `top1` is of every width, here and elsewhere: top-1 or mIoU, in per cent.")
     architecture: str
     engine: str
     device: str
-    input_size: list[int] = Field(description="Channels, height, width.")
+    input_size: list[int] = Field(description="Channels, height, width; of a segmenter those of a window.")
     num_classes: int
     label_names: list[str] | None
     widths: list[WidthRow]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from slicevit.serving.schemas import Classified, Model, Status
+from slicevit.serving.schemas import Model, Status
 from slicevit.serving.settings import Settings
+from slicevit.serving.tasks import Response
 
 
 class Serves(Protocol):
@@ -21,7 +22,7 @@ class Serves(Protocol):
     def admitted(self) -> AbstractContextManager[None]:
         """Holds a place from the first byte of a request to its answer."""
 
-    async def classify(self, body: bytes, content_type: str) -> Classified:
+    async def respond(self, body: bytes, content_type: str) -> Response:
         """The answer to a request whose body came just now."""
 
     def model(self) -> Model:

@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from PIL import Image
 
+from slicevit.checkpoint import SEGMENTATION
 from slicevit.runtime.profile import Profile
-from slicevit.serving.batcher import Answer, Batcher, milliseconds
+from slicevit.serving.batcher import Answer, Batcher, milliseconds, together
 from slicevit.serving.choice import policy_of
 from slicevit.serving.intake import Intake, Prepared
 from slicevit.serving.live import Live
@@ -26,8 +27,9 @@ from slicevit.serving.margin import Margin
 from slicevit.serving.metrics import Metrics
 from slicevit.serving.refusal import EngineFailed, Refusal
 from slicevit.serving.runs import Runs
-from slicevit.serving.schemas import Classified, Label, Model, Status, WidthRow
+from slicevit.serving.schemas import Model, Status, WidthRow
 from slicevit.serving.settings import Settings
+from slicevit.serving.tasks import TASKS, Response
 from slicevit.version import __version__
 
 STUCK_MS = 60_000.0  # a call that takes longer than this never ends
@@ -39,6 +41,7 @@ class Service:
 
     Attributes:
         settings: what was given.
+        task: what is asked here.
         slo_ms: the target now.
         metrics: for /metrics.
         held: requests admitted and not yet answered.
@@ -57,7 +60,8 @@ class Service:
                 f"the table has width {missing[0]}, the model has not: measure it again (slicevit profile)"
             )
         legal = _legal(table, settings)
-        self._intake = Intake(engine, table, legal, settings, milliseconds)
+        self.task = TASKS[engine.task](engine)
+        self._intake = Intake(self.task, table, legal, settings, milliseconds)
         self.slo_ms = self._intake.checked_slo(settings.slo_ms, "--slo-ms")
         self._started = milliseconds()
         self._margin = Margin(table, settings.quantile)
@@ -75,7 +79,9 @@ class Service:
         )
         policy = policy_of(settings.policy, settings.budget_ms, settings.headroom)
         widths = [row.width for row in legal.rows]
-        self._batcher = Batcher(engine, table, widths, policy, self._margin, self.metrics.called)
+        self._batcher = Batcher(
+            engine, table, widths, policy, self._margin, self.metrics.called, self.task.outputs, milliseconds
+        )
         self._live = Live(table, self._started)
         self._decoders = ThreadPoolExecutor(settings.decoders, "slicevit-decode")
         self.held, self.draining, self._running = 0, False, False
@@ -128,11 +134,11 @@ class Service:
         finally:
             self.held -= 1
 
-    async def classify(self, body: bytes, content_type: str) -> Classified:
+    async def respond(self, body: bytes, content_type: str) -> Response:
         """The answer to a request whose body came just now. Raises as `answer`."""
         return (await self.answer(body, content_type))[0]
 
-    async def answer(self, body: bytes, content_type: str) -> tuple[Classified, float]:
+    async def answer(self, body: bytes, content_type: str) -> tuple[Response, float]:
         """The same, and within how many milliseconds of its coming the answer was due.
 
         Raises:
@@ -143,8 +149,7 @@ class Service:
         prepare = partial(self._intake.prepare, body, content_type, arrival, self.slo_ms, self._admit)
         try:
             made = await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
-            waiting = self._batcher.submit(made.image_CHW, arrival, made.deadline, made.width)
-            answer = await asyncio.wrap_future(waiting)
+            answers = await self._computed(made, arrival)
         except Refusal as refusal:
             if refusal.status == 429:
                 self._shed("late")
@@ -153,17 +158,30 @@ class Service:
             self.metrics.failed()
             self._live.missed(milliseconds(), shed=False)
             raise
+        answer = together(answers)
+        course = {
+            "width": str(answer.width),
+            "batch": answer.batch,
+            "decode_ms": made.decoded - arrival,
+            "queue_ms": answer.started - made.decoded,
+            "compute_ms": answer.ended - answer.started,
+            "reason": answer.reason,
+        }
+        response = await self.task.answer(made.image, [each.output for each in answers], made.options, course)
         self._count(arrival, made, answer)
-        classified = Classified(
-            labels=self._labels(answer, made.top_k),
-            width=str(answer.width),
-            batch=answer.batch,
-            decode_ms=made.decoded - arrival,
-            queue_ms=answer.started - made.decoded,
-            compute_ms=answer.ended - answer.started,
-            reason=answer.reason,
-        )
-        return classified, made.deadline - arrival
+        return response, made.deadline - arrival
+
+    async def _computed(self, made: Prepared, arrival: float) -> list[Answer]:
+        """What the engine says of all windows of an image, which the policy sees as so many requests."""
+        inputs = made.image.inputs
+        if len(inputs) > 1:
+            self._admit(made.deadline, made.width, len(inputs))
+        waiting = [self._batcher.submit(each, arrival, made.deadline, made.width) for each in inputs]
+        try:
+            return await asyncio.gather(*map(asyncio.wrap_future, waiting))
+        finally:
+            for each in waiting:
+                each.cancel()  # of a request that is refused, what has not begun yet
 
     def model(self) -> Model:
         """What is served."""
@@ -178,6 +196,8 @@ class Service:
             for row in self._table.rows
         ]
         return Model(
+            task=SEGMENTATION if engine.task == SEGMENTATION else "classification",
+            figure=engine.figure.name,
             architecture=engine.architecture,
             engine=engine.name,
             device=engine.device,
@@ -215,9 +235,9 @@ class Service:
     def _open(self) -> bool:
         return self._running and not self.draining
 
-    def _admit(self, deadline: float, width: Fraction | None) -> None:
-        """Raises Refusal when it is too late already, so that nobody decodes in vain."""
-        if self._batcher.too_late(deadline, width):
+    def _admit(self, deadline: float, width: Fraction | None, count: int = 1) -> None:
+        """Raises Refusal when it is too late already, so that nobody decodes, or computes `count` images, in vain."""
+        if self._batcher.too_late(deadline, width, count):
             raise self._batcher.overloaded("no answer in time")
 
     def _shed(self, reason: str) -> None:
@@ -236,12 +256,6 @@ class Service:
             decode=made.decoded - arrival,
             queued=answer.started - made.decoded,
         )
-
-    def _labels(self, answer: Answer, top_k: int) -> list[Label]:
-        names = self._engine.label_names
-        best = answer.probabilities_K.topk(top_k)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Label(label=names[k] if names else str(k), index=k, probability=p) for k, p in pairs]
 
 
 def _legal(table: Profile, settings: Settings) -> Profile:

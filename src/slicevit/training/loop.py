@@ -30,7 +30,7 @@ from slicevit.training.trackers import Trackers
 from slicevit.training.trainee import Trainee
 
 LATENCY_SECONDS = 0.5
-_SHOWN = {"top1": "top-1", "miou": "mIoU"}
+_SHOWN = {"top1": "top-1", "miou": "mIoU", "map": "mAP"}
 
 
 class Run(Trainee):

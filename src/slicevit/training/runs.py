@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from slicevit.checkpoint import COMMANDS
 from slicevit.elastic import ElasticModel
 from slicevit.evaluation.frontier import load_run, plot_frontier
 from slicevit.evaluation.report import write_report
@@ -63,8 +64,8 @@ def read_train_config(folder: Path) -> TrainConfig:
     path = folder / "config.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["slicevit"]
-        if "task" in entries:
-            raise ValueError(f"{folder} is a run of slicevit segment, not of slicevit train")
+        if task := entries.get("task"):
+            raise ValueError(f"{folder} is a run of slicevit {COMMANDS.get(task, task)}, not of slicevit train")
         return from_dict(entries["training"])
     except FileNotFoundError:
         raise ValueError(f"{folder} is no run's folder: it has no config.json") from None

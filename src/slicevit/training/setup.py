@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from slicevit.checkpoint import from_pretrained
 from slicevit.costs import model_input_size
-from slicevit.data import ImageSet, StreamSet, TrainLoader, TransformConfig, open_dataset, train_transform
+from slicevit.data import ImageSet, StreamSet, TrainLoader, Transform, TransformConfig, open_dataset, train_transform
 from slicevit.data.memory import MemoryLoader
+from slicevit.data.transforms import PairTransform
 from slicevit.elastic import ElasticModel, create_model
 from slicevit.training.config import TrainConfig
 from slicevit.training.initial import load_weights
@@ -95,7 +96,20 @@ def open_loader(
     config: TrainConfig, train_set: ImageSet | StreamSet, transform: TransformConfig, ranks: Ranks
 ) -> TrainLoader:
     """This rank's batches of the training images. Raises ValueError naming --batch-size, --data or --in-memory."""
-    options: dict[str, Any] = {
+    if config.in_memory:
+        return MemoryLoader(train_set, transform, device=ranks.device, **_loading(config, ranks))
+    return pair_loader(config, train_set, train_transform(transform), ranks)
+
+
+def pair_loader(
+    config: TrainConfig, train_set: ImageSet | StreamSet, transform: Transform | PairTransform, ranks: Ranks
+) -> TrainLoader:
+    """The same by any transform, of images with masks or boxes too."""
+    return TrainLoader(train_set, transform, pin_memory=ranks.device.type == "cuda", **_loading(config, ranks))
+
+
+def _loading(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    return {
         "batch_size": config.rank_batch(ranks.count),
         "seed": config.seed,
         "workers": config.workers,
@@ -104,9 +118,6 @@ def open_loader(
         "rank": ranks.index,
         "world_size": ranks.count,
     }
-    if config.in_memory:
-        return MemoryLoader(train_set, transform, device=ranks.device, **options)
-    return TrainLoader(train_set, train_transform(transform), pin_memory=ranks.device.type == "cuda", **options)
 
 
 def class_count(config: TrainConfig, dataset: ImageSet | StreamSet) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pytest
 import torch
-from PIL import Image
 
 import slicevit
 from slicevit.checkpoint import save_pretrained
@@ -24,32 +25,22 @@ FLAGS = [
 ]
 
 
-def draw_pair(draw: np.random.Generator, height: int = 32, width: int = 48) -> tuple[Image.Image, Image.Image]:
-    """A picture of three bands of brightness at chance heights, and its mask; a column of void at the left."""
-    edges = sorted(int(edge) for edge in draw.integers(4, height - 4, 2))
-    mask = np.zeros((height, width), np.uint8)
-    mask[edges[0] :], mask[edges[1] :] = 1, 2
-    pixels = 40 + 85 * mask[..., None].astype(int) + draw.integers(-20, 20, (height, width, 3))
-    mask[:, :3] = 11
-    return Image.fromarray(pixels.astype(np.uint8)), Image.fromarray(mask)
-
-
-def write_pairs(folder: Path, splits: dict[str, int]) -> Path:
-    """Folders SPLIT/images and SPLIT/masks with so many pairs each."""
-    draw = np.random.default_rng(0)
-    for split, count in splits.items():
-        for part in ("images", "masks"):
-            (folder / split / part).mkdir(parents=True)
-        for number in range(count):
-            image, mask = draw_pair(draw)
-            image.save(folder / split / "images" / f"{number}.jpg")
-            mask.save(folder / split / "masks" / f"{number}.png")
-    return folder
-
-
 def saved_backbone(folder: Path, **options: Any) -> Path:
     """A classifier with random weights, as training leaves it, for images of another size."""
     torch.manual_seed(1)
     arguments = MODEL_ARGS | {"img_size": 24, "num_classes": 5} | options
     save_pretrained(slicevit.create_model("vit_tiny_patch16_224", "1/4:1:1/4", **arguments), folder)
     return folder
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], None], status: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    captured = capsys.readouterr()
+    assert stop.value.code == status, captured
+    return captured.err.splitlines()[-1]

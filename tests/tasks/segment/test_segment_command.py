@@ -14,26 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from segmenting import FLAGS, WIDTHS, saved_backbone
+from segmenting import FLAGS, WIDTHS, refused, saved_backbone, table
 
 from slicevit import cli
 from slicevit.tasks.segment.initial import load_segmenter, modules_of
 from slicevit.training import trainee
 
 Segment = Callable[..., None]
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], None], status: int = 2) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call()
-    captured = capsys.readouterr()
-    assert stop.value.code == status, captured
-    return captured.err.splitlines()[-1]
 
 
 def test_one_network_for_all_widths(segment: Segment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         (("--init", "nowhere", "--model-args", "depth=2"), "--model-args are for --init scratch or pretrained"),
         (("--scale", "2", "1"), "--scale must be above 0 and ascend"),
         (("--lr", "0"), "--lr must be above 0"),
+        (("--class-names", "sky", "sea"), "--class-names gives 2 names for --num-classes 3"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(
@@ -201,7 +189,10 @@ def test_a_classifier_is_no_segmenter_nor_the_other_way_round(
     assert told == f"slicevit: {backbone} is no segmenter's folder: slicevit segment makes one"
     segment(run, "--grid", "1/2:1:1/2", "--epochs", "0.25", "--decoder", "mask-transformer")
     assert "classes" in dict(load_segmenter(run)[0].decoder.named_parameters())
-    told = refused(capsys, lambda: cli.main(["eval", str(run)]))
-    assert told.startswith(f"slicevit: {run} is a run of slicevit segment, not a classifier")
+    told = refused(capsys, lambda: cli.main(["probe", str(run), "--data", "x"]))
+    assert told == f"slicevit: {run} is a run of slicevit segment, not a classifier of slicevit train"
+    assert refused(capsys, lambda: cli.main(["report", str(run), "--out", str(tmp_path / "page")])) == told
+    told = refused(capsys, lambda: cli.main(["predict", str(run), str(run), "--out", str(tmp_path / "out.csv")]))
+    assert "whose answers are no table: `slicevit serve` gives the masks" in told
     told = refused(capsys, lambda: cli.main(["train", "--resume", str(run)]))
     assert told == f"slicevit: {run} is a run of slicevit segment, not of slicevit train"

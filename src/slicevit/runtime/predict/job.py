@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from slicevit.checkpoint import read_config
+from slicevit.checkpoint import COMMANDS, read_config, task_of
 from slicevit.data import ImageSet, StreamSet, eval_config
 from slicevit.evaluation.results import WidthResult, read_results
 from slicevit.runtime.engine import Engine
@@ -75,6 +75,11 @@ def run_job(
     than those of the unfinished table, and all that `predict` refuses.
     """
     job.check()
+    if task := task_of(job.run):
+        raise ValueError(
+            f"{job.run} is a run of slicevit {COMMANDS.get(task, task)}, whose answers are no table: `slicevit serve` "
+            "gives the masks of a segmenter over HTTP, slicevit.dense.saved.load_segmenter in Python"
+        )
     form = format_of(job.out, job.logits)
     with _describing(job) as engine:
         config, weights = read_config(job.run)

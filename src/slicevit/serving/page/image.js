@@ -29,6 +29,7 @@ function busy(is) {
 }
 
 function take(file) {
+  if (byId("classifier").hidden) return; // the model does not classify
   image = file;
   const preview = byId("preview");
   URL.revokeObjectURL(preview.src);

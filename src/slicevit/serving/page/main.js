@@ -51,15 +51,17 @@ function showModel(answer) {
   byId("facts").replaceChildren(
     ...Object.entries(facts).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))),
     make("div", {}, make("dt", {}, "Up for"), make("dd", {id: "uptime"}, "–")));
-  showWidths(answer.widths);
+  byId("classifier").hidden = answer.task !== "classification";
+  byId("elsewhere").hidden = answer.task === "classification";
+  showWidths(answer.widths, answer.figure === "top-1" ? "Top\u20111" : answer.figure);
   setWidths(names);
   live.setModel(answer.widths);
   return answer;
 }
 
-function showWidths(rows) {
+function showWidths(rows, figure) {
   const batches = [...new Set(rows.flatMap(row => Object.keys(row.latency_ms)))].sort((a, b) => a - b);
-  const head = ["Width", "Top\u20111, %", ...batches.map(batch => `ms, batch\u00a0${batch}`), "Answers now"];
+  const head = ["Width", `${figure}, %`, ...batches.map(batch => `ms, batch\u00a0${batch}`), "Answers now"];
   byId("widths").tHead.replaceChildren(make("tr", {}, ...head.map(text => make("th", {scope: "col"}, text))));
   byId("widths").tBodies[0].replaceChildren(...rows.map((row, index) => {
     const name = make("th", {scope: "row"}, swatch("key", tint(index, rows.length)), row.width);

@@ -31,9 +31,9 @@ class Handles:
     def __init__(self, handle: DeploymentHandle[Replica]):
         self._handle = handle
 
-    async def classify(self, body: bytes, content_type: str, slo_ms: float) -> Outcome:
+    async def respond(self, body: bytes, content_type: str, slo_ms: float) -> Outcome:
         try:
-            outcome: Outcome = await self._handle.classify.remote(body, content_type, slo_ms)
+            outcome: Outcome = await self._handle.respond.remote(body, content_type, slo_ms)
         except _LOST as error:
             raise ReplicaLost(str(error)) from error
         return outcome

@@ -17,8 +17,9 @@ from slicevit.serving.live import Live
 from slicevit.serving.ray.merge import merged
 from slicevit.serving.ray.replica import Answered, Outcome, Report
 from slicevit.serving.refusal import EngineFailed, Refusal
-from slicevit.serving.schemas import Classified, Model, Status
+from slicevit.serving.schemas import Model, Status
 from slicevit.serving.settings import MAX_DEADLINE_MS, Settings
+from slicevit.serving.tasks import Response
 
 MOST_LOST = 3  # replicas that may end while they hold the same request: it may be what ends them
 _GIVE_UP_SECONDS = 1.5 * MAX_DEADLINE_MS / 1000
@@ -34,7 +35,7 @@ class ReplicaLost(Exception):
 class Replicas(Protocol):
     """All replicas of `replica.Replica`."""
 
-    async def classify(self, body: bytes, content_type: str, slo_ms: float) -> Outcome:
+    async def respond(self, body: bytes, content_type: str, slo_ms: float) -> Outcome:
         """One of them answers. Raises ReplicaLost when it ended meanwhile."""
 
     async def everywhere(self, method: str, *args: Any) -> list[Any]:
@@ -44,7 +45,7 @@ class Replicas(Protocol):
 class Fleet:
     """`slicevit.serving.serves.Serves` over replicas: admits, sends each request to one of them, counts.
 
-    A request whose replica ended before it answered is sent to another one: classification changes nothing, so it may
+    A request whose replica ended before it answered is sent to another one: an answer changes nothing, so it may
     well be done twice. From then on it is not refused for lack of time either; its answer is late instead. What ends
     `MOST_LOST` replicas is given up.
 
@@ -91,7 +92,7 @@ class Fleet:
         finally:
             self.held -= 1
 
-    async def classify(self, body: bytes, content_type: str) -> Classified:
+    async def respond(self, body: bytes, content_type: str) -> Response:
         """The answer of a replica to a request whose body came just now.
 
         Raises:
@@ -112,9 +113,9 @@ class Fleet:
             self._live.missed(milliseconds(), shed=False)
             raise
         now = milliseconds()
-        width = Fraction(answered.classified.width)
+        width = Fraction(answered.response.width)
         self._live.answered(now, now - arrival, now - arrival <= answered.due_ms, width)
-        return answered.classified
+        return answered.response
 
     async def _answer(self, body: bytes, content_type: str) -> Answered:
         lost, pause = 0, 0.0
@@ -122,7 +123,7 @@ class Fleet:
             await asyncio.sleep(pause)
             pause = min(pause + _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
             try:
-                outcome = await self._replicas.classify(body, content_type, self.slo_ms)
+                outcome = await self._replicas.respond(body, content_type, self.slo_ms)
             except ReplicaLost as error:
                 self._lost.inc()
                 lost += 1

@@ -9,8 +9,9 @@ from ray import serve
 
 from slicevit.serving.arguments import Arguments, quieten
 from slicevit.serving.refusal import EngineFailed, Refusal
-from slicevit.serving.schemas import Classified, Model
+from slicevit.serving.schemas import Model
 from slicevit.serving.service import Service
+from slicevit.serving.tasks import Response
 
 logger = logging.getLogger("slicevit.serving")
 
@@ -20,11 +21,11 @@ class Answered:
     """An image's answer.
 
     Attributes:
-        classified: as it goes over the wire.
+        response: as it goes over the wire.
         due_ms: within how many milliseconds it was due, from when the replica had the request.
     """
 
-    classified: Classified
+    response: Response
     due_ms: float
 
 
@@ -70,7 +71,7 @@ class Replica:
         """What is served."""
         return self._service.model()
 
-    async def classify(self, body: bytes, content_type: str, slo_ms: float) -> Outcome:
+    async def respond(self, body: bytes, content_type: str, slo_ms: float) -> Outcome:
         """The answer to a request, under the target that holds for all replicas."""
         self._service.slo_ms = slo_ms
         try:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from slicevit.data.masks import Layout as Folders
+from slicevit.dense.segmenter import Decoder
 from slicevit.families import Layout
-from slicevit.tasks.segment.segmenter import Decoder
 from slicevit.training.config import TrainConfig
 from slicevit.training.methods import SEPARATE, Draw, MethodName, Transfer
 from slicevit.training.trackers import TrackerName
@@ -25,6 +25,8 @@ class SegmentConfig:
     """How it is laid out: SPLIT/images and SPLIT/masks (masks), or images/training, annotations/training (ade20k)."""
     num_classes: int = 0
     """How many classes the masks have; other values in a mask are void, which neither teaches nor counts."""
+    class_names: tuple[str, ...] = ()
+    """What the classes are called, in the order of their numbers; exports and servers pass it on."""
     eval_split: Literal["val", "test"] = "val"
     """The split that mIoU is measured on."""
     size: tuple[int, int] = (512, 512)
@@ -119,6 +121,8 @@ class SegmentConfig:
             raise ValueError(f"--size must be 32 or more, got {self.size[0]} {self.size[1]}")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"--scale must be above 0 and ascend, got {self.scale[0]} {self.scale[1]}")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"--class-names gives {len(self.class_names)} names for --num-classes {self.num_classes}")
         if self.decoder_channels < 8 or self.decoder_channels % 8:
             raise ValueError(f"--decoder-channels must be a multiple of 8, got {self.decoder_channels}")
         if self.decoder not in get_args(Decoder):
@@ -126,6 +130,11 @@ class SegmentConfig:
         if self.width is not None and self.method != SEPARATE:
             raise ValueError("--width trains one width alone: give --method separate with it")
         self.training()
+
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """What training does to an image, as fields of `MaskTransformConfig`."""
+        return {name: getattr(self, name) for name in ("scale", "hflip", "color_jitter")}
 
     def training(self) -> TrainConfig:
         """What the training loop takes of it. Raises ValueError naming the flag that is wrong."""

@@ -1,59 +1,21 @@
-"""The segmenter that a run begins with, and saved ones."""
+"""The segmenter that a run begins with, and those that it leaves."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from slicevit.checkpoint import WEIGHTS, from_pretrained, read_config
-from slicevit.data.masks import MaskTransformConfig
-from slicevit.elastic import ElasticModel, create_model
-from slicevit.files import write_text
-from slicevit.saved_statistics import STATISTICS, read_statistics
+from slicevit.checkpoint import SEGMENTATION
+from slicevit.dense.saved import Recipe, build, load_segmenter, read_segmenter
+from slicevit.elastic import ElasticModel
+from slicevit.tasks import backbones
 from slicevit.tasks.segment.config import SegmentConfig
-from slicevit.tasks.segment.mask_transformer import HEAD_WIDTH
-from slicevit.tasks.segment.segmenter import Arguments, Decoder, Segmenter, segmenter_family
 from slicevit.training import setup
-from slicevit.training.methods import SEPARATE, is_separate, part_folder
-from slicevit.training.runs import read_train_config
-from slicevit.widths import FULL, Width, WidthGrid, parse_fraction
-
-TASK = "segmentation"
-_SCRATCH, _PRETRAINED = "scratch", "pretrained"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What rebuilds a segmenter: the arguments of `Segmenter`, the grid, the fields of `SliceSettings`, and how images
-    reach it (the channels' means and deviations).
-
-    `cut` is the width that the backbone was cut out at, or None where all of it is there.
-    """
-
-    backbone: str
-    backbone_args: Arguments
-    cut: str | None
-    size: tuple[int, int]
-    channels: int
-    num_classes: int
-    grid: str
-    settings: dict[str, Any]
-    in_chans: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    decoder: Decoder = "fpn"
-
-    def transform(self, config: SegmentConfig) -> MaskTransformConfig:
-        """How a run's images reach the segmenter."""
-        return MaskTransformConfig(
-            self.size, self.in_chans, self.mean, self.std, config.scale, config.hflip, config.color_jitter
-        )
+from slicevit.training.methods import is_separate, part_folder
+from slicevit.widths import FULL, WidthGrid, parse_fraction
 
 
 def resolved(config: SegmentConfig) -> SegmentConfig:
@@ -62,20 +24,7 @@ def resolved(config: SegmentConfig) -> SegmentConfig:
         raise ValueError("--data: name a folder of images and masks")
     if not config.num_classes:
         raise ValueError(f"--num-classes: say how many classes the masks of {config.data} have, or give a --preset")
-    if config.model_args and config.init not in (_SCRATCH, _PRETRAINED):
-        raise ValueError(f"--model-args are for --init scratch or pretrained: {config.init} has its own")
-    if config.grid is not None:
-        return config
-    if config.init in (_SCRATCH, _PRETRAINED):
-        return replace(config, grid="1/4:1:1/16")
-    folder = Path(config.init)
-    if is_separate(folder):
-        return replace(config, grid=read_train_config(folder).grid)
-    saved, _ = read_config(config.init)
-    grid = saved.get("slicevit", {}).get("grid")
-    if grid is None:
-        raise ValueError(f"--init {config.init} is not a slicevit model: give --grid, or a run of slicevit train")
-    return replace(config, grid=grid)
+    return replace(config, grid=backbones.grid_of(config))
 
 
 def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
@@ -84,7 +33,7 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
     Raises ValueError for a backbone, width or grid that cannot be had.
     """
     torch.manual_seed(config.seed)
-    source = _backbone(config)
+    source = backbones.source_of(config, config.width)
     cut = None if config.width is None else parse_fraction(config.width)
     if cut is not None and is_separate(Path(config.init)):
         cut = FULL
@@ -92,21 +41,12 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         legal = source.width(cut)
     except ValueError as error:
         raise ValueError(f"--width {config.width}: {error}") from None
-    arguments = {name: value for name, value in source.model_args.items() if name not in ("num_classes", "img_size")}
-    sized = hasattr(source._full, "set_input_size")
-    if sized:
-        try:
-            source.set_input_size(img_size=config.size)
-        except (AssertionError, ValueError) as error:
-            size = " ".join(map(str, config.size))
-            raise ValueError(f"--size {size} does not go with {type(source._full).__name__}: {error}") from None
+    arguments = backbones.fitted_arguments(config, source)
     images = setup.transform_config(config.training(), source)
     assert config.grid is not None
     recipe = Recipe(
         backbone=source.pretrained_cfg["architecture"],
-        backbone_args=arguments
-        | ({"img_size": tuple(config.size)} if sized else {})
-        | ({"drop_path_rate": config.drop_path} if config.drop_path else {}),
+        backbone_args=arguments,
         cut=None if legal == FULL else str(legal),
         size=config.size,
         channels=config.decoder_channels,
@@ -117,112 +57,16 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         mean=images.mean,
         std=images.std,
         decoder=config.decoder,
+        class_names=config.class_names,
     )
     model = build(recipe)
-    weights = source.to_timm(legal).state_dict()
-    try:
-        model.backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"--init {config.init}: its weights do not fit images of --size ({reason})") from None
+    backbones.load(model.backbone, source, legal, config)
     return model.train(), recipe
-
-
-def _backbone(config: SegmentConfig) -> ElasticModel:
-    """The backbone to begin with, without its head, on a grid that has the widths asked for."""
-    if config.init in (_SCRATCH, _PRETRAINED):
-        return setup.build_model(config.training(), 0)
-    folder = Path(config.init)
-    if is_separate(folder):
-        if config.width is None:
-            raise ValueError(
-                f"--init {folder} trained each width alone, so there is no network to slice: give --method {SEPARATE}"
-            )
-        model = from_pretrained(part_folder(folder, parse_fraction(config.width)))
-    else:
-        given = {name: getattr(config, name) for name in ("layout", "isolation") if getattr(config, name) is not None}
-        model = from_pretrained(config.init, grid=config.grid, **given)
-    model.reset_classifier(0)
-    return model
-
-
-def build(recipe: Recipe) -> ElasticModel:
-    """The segmenter that `recipe` describes, with fresh weights. Raises ValueError when it cannot be sliced so."""
-    backbone_args = {key: _tuple(value) for key, value in recipe.backbone_args.items()}
-    changes: Arguments = {}
-    if recipe.cut is not None:
-        changes = _cut_arguments(recipe, backbone_args, recipe.cut)
-    arguments: Arguments = {
-        "backbone": recipe.backbone,
-        "backbone_args": backbone_args,
-        "changes": changes,
-        "size": tuple(recipe.size),
-        "channels": recipe.channels,
-        "num_classes": recipe.num_classes,
-        "decoder": recipe.decoder,
-        "heads": max(1, recipe.channels // HEAD_WIDTH),
-    }
-    module = Segmenter(**arguments)
-    family = segmenter_family(module.backbone)
-    return ElasticModel(module, recipe.grid, arguments, family, **recipe.settings)
-
-
-def _cut_arguments(recipe: Recipe, backbone_args: Arguments, cut: Width) -> Arguments:
-    """What the class of the backbone gets at the width that it was cut out at."""
-    width = parse_fraction(cut)
-    grid = WidthGrid(width, FULL, FULL - width)
-    settings = {name: recipe.settings[name] for name in ("layout", "heads", "scope")}
-    return create_model(recipe.backbone, grid, num_classes=0, **settings, **backbone_args).arguments(width)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def describe(folder: Path, recipe: Recipe, config: SegmentConfig) -> None:
     """Write config.json."""
-    entries = {"task": TASK, "grid": recipe.grid, "segmenter": asdict(recipe), "training": asdict(config)}
-    try:
-        text = json.dumps({"slicevit": entries}, indent=2)
-    except TypeError as error:
-        raise ValueError(f"--model-args: an argument of {recipe.backbone} has no place in JSON ({error})") from None
-    write_text(folder / "config.json", text + "\n")
-
-
-def read_segmenter(folder: Path) -> dict[str, Any]:
-    """The "slicevit" part of a segmenter's config.json. Raises ValueError when it is none."""
-    path = folder / "config.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["slicevit"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no run's folder: it has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} describes no run ({error!r})") from None
-    if not isinstance(entries, dict) or entries.get("task") != TASK:
-        raise ValueError(f"{folder} is no segmenter's folder: slicevit segment makes one")
-    return entries
-
-
-def load_segmenter(folder: str | Path) -> tuple[ElasticModel, Recipe]:
-    """The segmenter that a run saved, in eval mode, and what rebuilds it.
-
-    Raises ValueError when it is none, or its files are missing, broken or do not fit together.
-    """
-    folder = Path(folder)
-    entries = read_segmenter(folder)
-    try:
-        recipe = Recipe(**{key: _tuple(value) for key, value in entries["segmenter"].items()})
-        model = build(recipe)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a segmenter ({error!r})") from None
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / WEIGHTS} does not hold this segmenter's weights ({reason})") from None
-    if model.has_batch_norm and (folder / STATISTICS).exists():
-        read_statistics(model, folder / STATISTICS, folder / WEIGHTS)
-    return model.eval(), recipe
+    backbones.describe(folder, SEGMENTATION, recipe, config)
 
 
 def modules_of(folder: Path) -> dict[str, tuple[nn.Module, Recipe]]:

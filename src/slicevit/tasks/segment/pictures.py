@@ -41,7 +41,7 @@ def draw_predictions(folder: Path, config: SegmentConfig) -> Path:
     axes = figure.subplots(count, len(titles), squeeze=False)
     for row in range(count):
         image, mask = images.load(row * len(images) // count)
-        pixels_CHW, truth_HW = eval_pair_transform(recipe.transform(config))(image, mask)
+        pixels_CHW, truth_HW = eval_pair_transform(recipe.transform())(image, mask)
         panels = [np.asarray(image.convert("RGB")), coloured(truth_HW, config.num_classes)]
         for name in chosen:
             with torch.inference_mode():

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from slicevit.costs import width_costs
-from slicevit.elastic import ElasticModel
-from slicevit.evaluation.results import to_csv, widths_table
-from slicevit.evaluation.segmentation import SegmentationScore
-from slicevit.files import write_text
-from slicevit.tasks.segment.initial import Recipe
+from slicevit.evaluation.results import widths_table, write_rows
 
 RESULTS = "results.json"
 
@@ -51,39 +45,9 @@ class SegmentResult:
     ious: tuple[float | None, ...]
 
 
-def segment_rows(
-    model: ElasticModel,
-    recipe: Recipe,
-    scores: Mapping[str, SegmentationScore],
-    latency: Mapping[str, float],
-    method: str,
-) -> list[SegmentResult]:
-    """A row for each width of `scores`, narrowest first."""
-    rows = []
-    for name, score in sorted(scores.items(), key=lambda item: Fraction(item[0])):
-        costs = width_costs(model, name, (recipe.in_chans, *recipe.size))
-        rows.append(
-            SegmentResult(
-                model=recipe.backbone,
-                method=method,
-                width=name,
-                channels=costs.channels,
-                param_count=costs.params / 1e6,
-                gmacs=costs.macs / 1e9,
-                latency_ms=latency.get(name),
-                img_size=f"{recipe.size[0]}x{recipe.size[1]}",
-                **asdict(score),
-            )
-        )
-    return rows
-
-
 def write_segment_results(folder: Path, rows: Sequence[SegmentResult]) -> None:
     """Write results.csv and results.json, each in one step."""
-    table = [asdict(row) for row in rows]
-    columns = tuple(field.name for field in fields(SegmentResult) if field.name != "ious")
-    write_text(folder / "results.csv", to_csv(columns, [{name: row[name] for name in columns} for row in table]))
-    write_text(folder / RESULTS, json.dumps(table, indent=2) + "\n")
+    write_rows(folder, rows, hidden=("ious",))
 
 
 def read_segment_results(folder: Path) -> list[SegmentResult]:
@@ -97,7 +61,9 @@ def read_segment_results(folder: Path) -> list[SegmentResult]:
         raise ValueError(f"{path} is broken ({error}): delete it and go on with the run") from None
 
 
-def segment_table(rows: Sequence[SegmentResult], title: str) -> Table:
+def segment_table(
+    rows: Sequence[SegmentResult], title: str, trained: Callable[[SegmentResult], bool] = lambda row: True
+) -> Table:
     """The results for a terminal, 80 columns wide, narrowest width first."""
     scores = {"mIoU\n%": lambda row: f"{row.miou:.2f}", "Pixels\n%": lambda row: f"{row.pixel_accuracy:.2f}"}
-    return widths_table(rows, title, scores)
+    return widths_table(rows, title, scores, trained)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from slicevit import checkpoint
-from slicevit.data import TrainLoader, eval_batches
-from slicevit.data.masks import MaskSet, eval_pair_transform, train_pair_transform
+from slicevit.data.masks import MaskSet, train_pair_transform
 from slicevit.data.transforms import PairTransform
-from slicevit.evaluation.latency import measure_latency
-from slicevit.evaluation.segmentation import SegmentationScore, evaluate_masks
-from slicevit.evaluation.widths import predictors
+from slicevit.evaluation.segmentation import SegmentationScore
+from slicevit.evaluation.widths import measure_widths_latency
+from slicevit.tasks.rows import width_rows
 from slicevit.tasks.segment import initial
 from slicevit.tasks.segment.config import SegmentConfig
-from slicevit.tasks.segment.results import SegmentResult, segment_rows
+from slicevit.tasks.segment.evaluate import measure_masks
+from slicevit.tasks.segment.results import SegmentResult
 from slicevit.training import loop, setup
 from slicevit.training.keeper import Keeper
 from slicevit.training.objectives import Objective
@@ -62,24 +60,14 @@ class SegmentRun(loop.Run):
         check_installed(config.log_with)
         self.model, self.recipe = initial.begin(config)
         self.model.to(self.device)
-        self.pairs = self.recipe.transform(config)
+        self.pairs = self.recipe.transform(**config.augmentation)
         train_set, self.val_set = (
             MaskSet(config.data, split, config.num_classes, config.folders, self.recipe.in_chans)
             for split in ("train", config.eval_split)
         )
         self.num_classes, self.class_names, self.teacher, self.distiller = config.num_classes, None, None, None
         self.mixer = setup.Mixer(self.config, config.num_classes)
-        self.loader = TrainLoader(
-            train_set,
-            train_pair_transform(self.pairs),
-            self.config.rank_batch(self.ranks.count),
-            config.seed,
-            config.workers,
-            config.max_bad_share,
-            rank=self.ranks.index,
-            world_size=self.ranks.count,
-            pin_memory=self.device.type == "cuda",
-        )
+        self.loader = setup.pair_loader(self.config, train_set, train_pair_transform(self.pairs), self.ranks)
 
     def _image_shape(self) -> tuple[int, int, int]:
         return (self.recipe.in_chans, *self.recipe.size)
@@ -88,33 +76,13 @@ class SegmentRun(loop.Run):
         return train_pair_transform(replace(self.pairs, scale=(1.0, 1.0), hflip=0.0, color_jitter=0.0))
 
     def _evaluate(self) -> dict[str, SegmentationScore]:
-        batches = eval_batches(
-            self.val_set,
-            eval_pair_transform(self.pairs),
-            1,  # images are of many sizes
-            self.config.workers,
-            self.config.max_bad_share,
-            rank=self.ranks.index,
-            world_size=self.ranks.count,
+        model, config = self.evaluated, self.config
+        return measure_masks(
+            model, model.widths, self.recipe, self.val_set, config.workers, config.max_bad_share, self.ranks
         )
-        model = self.evaluated
-        try:
-            modules = predictors(model, model.widths)
-            return evaluate_masks(modules, batches, self.recipe.size, self.device, self.num_classes)
-        finally:
-            model.release()
 
     def _finish(self) -> list[SegmentResult]:
-        scores = self._scores or self._scored()
-        latency = self.ranks.from_main(self._latency)
-        return segment_rows(self.evaluated, self.recipe, scores, latency, self.config.method)
-
-    def _latency(self) -> dict[str, float]:
         model = self.evaluated
-        window_1CHW = torch.zeros(1, *self._image_shape(), device=self.device)
-        try:
-            with torch.inference_mode():
-                calls = {name: partial(call, window_1CHW) for name, call in predictors(model, model.widths).items()}
-                return measure_latency(calls, seconds=loop.LATENCY_SECONDS, device=self.device)
-        finally:
-            model.release()
+        scores = self._scores or self._scored()
+        latency = self.ranks.from_main(lambda: measure_widths_latency(model, model.widths, loop.LATENCY_SECONDS))
+        return width_rows(SegmentResult, model, self.recipe, scores, latency, self.config.method)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slicevit.checkpoint import SEGMENTATION
+from slicevit.dense.saved import read_segmenter
 from slicevit.files import write_text
 from slicevit.tasks.segment.config import SegmentConfig, from_dict
-from slicevit.tasks.segment.initial import TASK, read_segmenter, resolved
+from slicevit.tasks.segment.initial import resolved
 from slicevit.tasks.segment.pictures import draw_predictions
 from slicevit.tasks.segment.results import RESULTS, SegmentResult, read_segment_results, write_segment_results
 from slicevit.tasks.segment.run import SegmentRun
@@ -87,5 +89,5 @@ def _train_separately(config: SegmentConfig, folder: Path, console: Console, ran
 
 
 def _describe(config: SegmentConfig, folder: Path) -> None:
-    described = {"slicevit": {"task": TASK, "grid": config.grid, "training": asdict(config)}}
+    described = {"slicevit": {"task": SEGMENTATION, "grid": config.grid, "training": asdict(config)}}
     write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")

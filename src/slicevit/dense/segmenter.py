@@ -5,7 +5,7 @@ Legend of axis names: B images, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -15,9 +15,10 @@ import timm
 from torch import Tensor, nn
 
 from slicevit import constructors, skeletons
+from slicevit.dense.mask_transformer import STRUCTURE, MaskTransformer
+from slicevit.dense.semantic_fpn import STRIDES, SemanticFpn, resized
 from slicevit.families import Family, Heads, Scope, family_of
-from slicevit.tasks.segment.mask_transformer import STRUCTURE, MaskTransformer
-from slicevit.tasks.segment.semantic_fpn import STRIDES, SemanticFpn, resized
+from slicevit.fusing import Structure
 from slicevit.widths import channels as channels_at
 
 Arguments = dict[str, Any]
@@ -42,6 +43,9 @@ class Segmenter(nn.Module):
         decoder: fpn or mask-transformer.
         heads: of the mask transformer.
 
+    Attributes:
+        image_shape: (C, H, W) of the images.
+
     Raises ValueError when the backbone gives no feature maps.
     """
 
@@ -61,6 +65,7 @@ class Segmenter(nn.Module):
         self.backbone = made
         self.num_classes, self.size = num_classes, tuple(size)
         self.embed_dim = int(made.num_features)
+        self.image_shape = (channels_of(made), *self.size)
         self.indices, self.single = picked_levels(made)
         self.pyramid = decoder == "fpn"
         if not self.pyramid:
@@ -74,23 +79,35 @@ class Segmenter(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        wanted = sorted(set(self.indices))  # fewer than the levels where there are fewer blocks
-        maps = self.backbone.forward_intermediates(
-            images_BCHW, indices=wanted, norm=self.single, output_fmt="NCHW", intermediates_only=True
-        )
-        features = [maps[wanted.index(index)] for index in self.indices]
-        if self.single and self.pyramid:
-            sides = images_BCHW.shape[2:]
-            features = [
-                resized(level, [max(1, side // stride) for side in sides])
-                for level, stride in zip(features, STRIDES, strict=True)
-            ]
+        strides = STRIDES if self.single and self.pyramid else None
+        features = feature_maps(self.backbone, images_BCHW, self.indices, self.single, strides)
         return resized(self.decoder(features), images_BCHW.shape[2:])
 
     def no_weight_decay(self) -> set[str]:
         """The parameters that timm exempts from weight decay."""
         exempt = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
         return {*(f"backbone.{name}" for name in exempt), "decoder.classes"}
+
+
+def feature_maps(
+    backbone: Any, images_BCHW: Tensor, indices: Sequence[int], single: bool, strides: Sequence[int] | None = None
+) -> list[Tensor]:
+    """These of a timm model's intermediate maps, normalised where they have a `single` size, and brought to `strides`.
+
+    `indices` may name a map twice, where a model has fewer blocks than levels.
+    """
+    wanted = sorted(set(indices))
+    maps = backbone.forward_intermediates(
+        images_BCHW, indices=wanted, norm=single, output_fmt="NCHW", intermediates_only=True
+    )
+    features = [maps[wanted.index(index)] for index in indices]
+    if strides is None:
+        return features
+    sides = images_BCHW.shape[2:]
+    return [
+        resized(level, [max(1, side // stride) for side in sides])
+        for level, stride in zip(features, strides, strict=True)
+    ]
 
 
 def picked_levels(backbone: Any) -> tuple[list[int], bool]:
@@ -132,19 +149,24 @@ def backbone_class(name: str, arguments: Arguments) -> type[nn.Module]:
 
 
 @dataclass(frozen=True)
-class SegmenterFamily(Family):
-    """How a `Segmenter` is sliced: its backbone as the backbone's family says, and its decoder."""
+class DenseFamily(Family):
+    """How a model of a backbone and a decoder is sliced: the backbone as its own family says, and the decoder.
+
+    `inner` is the backbone's family, and `path` its name within the model.
+    """
 
     inner: Family = field(default_factory=lambda: Family(frozenset()))
+    path: str = "backbone"
 
     def arguments(
         self, model: Any, given: Callable[[str], Any], width: Fraction, heads: Heads, scope: Scope
     ) -> Arguments:
-        """The arguments of `Segmenter` at `width`. Raises ValueError where channels are not whole."""
+        """The arguments of the model at `width`. Raises ValueError where channels are not whole."""
         if given("changes"):
-            raise ValueError("a segmenter on a width that was cut out has no narrower ones")
+            raise ValueError("a model on a width that was cut out has no narrower ones")
         built = arguments_of(given("backbone"), given("backbone_args"))
-        changes = self.inner.arguments(model.backbone, partial(constructors.value_of, built), width, heads, scope)
+        backbone = model.get_submodule(self.path)
+        changes = self.inner.arguments(backbone, partial(constructors.value_of, built), width, heads, scope)
         decoder = given("channels") if scope == "mlp" else channels_at(width, given("channels"))
         return {"changes": changes, "channels": decoder}
 
@@ -162,14 +184,33 @@ def arguments_of(name: str, arguments: Arguments) -> Arguments:
     return given
 
 
-def segmenter_family(backbone: nn.Module) -> SegmenterFamily:
+def segmenter_family(backbone: nn.Module) -> DenseFamily:
     """The family of segmenters over models such as `backbone`. Raises ValueError when it has none itself."""
+    return dense_family(Segmenter, backbone, "backbone", STRUCTURE)
+
+
+def dense_family(
+    kind: type[nn.Module], backbone: nn.Module, path: str, structure: Structure | None = None
+) -> DenseFamily:
+    """The family of models of class `kind` over such a `backbone`, which lies at `path`; `structure` is the decoder's.
+
+    Raises ValueError when the backbone has no family.
+    """
     inner = family_of(backbone)
-    check = None if inner.check is None else partial(_check_backbone, inner.check)
-    classes = frozenset({Segmenter.__name__})
-    structure = {**inner.structure, **STRUCTURE}
-    return SegmenterFamily(classes, structure=structure, check=check, rounded=inner.rounded, inner=inner)
+    return DenseFamily(
+        frozenset({kind.__name__}),
+        structure={**inner.structure, **(structure or {})},
+        check=None if inner.check is None else partial(_check_backbone, inner.check, path),
+        rounded=inner.rounded,
+        inner=inner,
+        path=path,
+    )
 
 
-def _check_backbone(check: Callable[[nn.Module], str | None], narrow: Any) -> str | None:
-    return check(narrow.backbone)
+def _check_backbone(check: Callable[[nn.Module], str | None], path: str, narrow: nn.Module) -> str | None:
+    return check(narrow.get_submodule(path))
+
+
+def channels_of(backbone: nn.Module) -> int:
+    """The channels of the images that a timm model takes."""
+    return next(parameter.shape[1] for parameter in backbone.parameters() if parameter.ndim == 4)

@@ -57,7 +57,7 @@ class MaskTransformer(nn.Module):
         """Logits (B, K, H, W) of one feature map (B, C, H, W)."""
         (map_BCHW,) = features
         patches_BND = self.project(map_BCHW.flatten(2).transpose(1, 2))
-        x = torch.cat([patches_BND, self.classes.expand(len(map_BCHW), -1, -1)], 1)
+        x = torch.cat([patches_BND, self.classes.expand(map_BCHW.shape[0], -1, -1)], 1)
         for block in self.blocks:
             x = block(x)
         patches_BND, classes_BKD = self.norm(x).split([patches_BND.shape[1], self.classes.shape[1]], 1)

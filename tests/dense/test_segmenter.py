@@ -11,10 +11,10 @@ import torch
 
 import slicevit
 from slicevit.costs import width_costs
+from slicevit.dense.segmenter import Decoder, Segmenter, picked_levels
+from slicevit.dense.semantic_fpn import SemanticFpn
 from slicevit.elastic import ElasticModel
 from slicevit.tasks.segment.initial import Recipe, build
-from slicevit.tasks.segment.segmenter import Decoder, Segmenter, picked_levels
-from slicevit.tasks.segment.semantic_fpn import SemanticFpn
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},

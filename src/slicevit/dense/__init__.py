@@ -1,0 +1,1 @@
+"""Segmenters and detectors: decoders over the feature maps of a timm model, sliced with it, and saved ones."""
