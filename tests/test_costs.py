@@ -43,7 +43,7 @@ def test_mobilenet_v2_has_the_published_costs() -> None:
     [("uniformer_small", 224, 22, 3.6), ("uniformer_xs", 192, 16.5, 1.4), ("uniformer_xs", 224, 16.5, 2.0)],
 )
 def test_uniformers_have_the_published_costs(name: str, pixels: int, millions: float, gmacs: float) -> None:
-    """Of github.com/Sense-X/UniFormer, image_classification/README.md, which rounds; fvcore, which it uses, counts norms."""
+    """Of github.com/Sense-X/UniFormer, image_classification/README.md, whose fvcore counts norms too."""
     costs = width_costs(slicevit.create_model(name, grid="1/2:1:1/2"), "1", (3, pixels, pixels))
     assert costs.params / 1e6 == pytest.approx(millions, abs=0.5 if millions == 22 else 0.05)
     assert costs.macs / 1e9 == pytest.approx(gmacs, abs=0.07)

@@ -213,7 +213,7 @@ def tiny_imagenet() -> TrainConfig:
 
     slicevit train --preset tiny-imagenet --data /path/to/tiny-imagenet
 
-    Not run here.
+    39.5 ms a step on an H100 with 35,000 images, so about 10 minutes, 1.5 of them to compile. Not run to its end here.
     """
     return TrainConfig(
         model="deit_small_patch16_224",
