@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = item.path.stem
         group = "ray" if file in ("test_ray", "test_predict_ray") else file
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_libraries() -> None:
+    """What is loaded by now is left out of garbage collections, which walk over a million objects without it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _one_thread() -> Iterator[None]:

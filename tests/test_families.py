@@ -196,6 +196,16 @@ def test_set_grid_refuses_and_keeps_the_old_grid() -> None:
     assert model(torch.randn(1, 3, 32, 32), width="1/4").shape == (1, 3)
 
 
+def test_after_a_grid_that_was_refused_every_width_is_cut_as_before() -> None:
+    """On the refused one 1/2 would be the smallest, which takes the other end."""
+    kwargs = VIT | {"embed_dim": 12, "num_heads": 3}
+    model, images = slicevit.create_model("vit_tiny_patch16_224", grid=GRID, **kwargs).eval(), torch.randn(1, 3, 32, 32)
+    before = model(images, width="1/2")
+    with pytest.raises(ValueError, match="5/8"):
+        model.set_grid("1/2:1:1/8")
+    assert torch.equal(model(images, width="1/2"), before)
+
+
 @pytest.mark.parametrize("setting", [{"heads": "scaled"}, {"scope": "mlp"}], ids=repr)
 def test_what_a_family_has_no_rule_for_is_refused(setting: dict[str, str]) -> None:
     register_family(Family(frozenset({"Tiny"}), lambda m, width: {"embed_dim": channels(width, m.embed_dim)}))

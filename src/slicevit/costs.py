@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -31,17 +32,24 @@ class Costs:
 
 
 def width_costs(model: ElasticModel, width: Width, input_size: tuple[int, int, int] | None = None) -> Costs:
-    """Costs of `model` at `width` for one image of `input_size` (C, H, W), by default the model's own.
+    """Costs of `model` at `width` for one image of `input_size` (C, H, W), by default the model's own; counted once.
 
     Raises ValueError when the grid does not hold `width`.
     """
     legal = model.width(width)
-    module: Any = model.skeleton(legal).module
+    known: dict[tuple[int, int, int], Costs] = model.skeleton(legal).costs
+    size = input_size or model_input_size(model)
+    if size not in known:
+        known[size] = _counted(model, legal, size)
+    return known[size]
+
+
+def _counted(model: ElasticModel, width: Fraction, size: tuple[int, int, int]) -> Costs:
+    module: Any = model.skeleton(width).module
     embed_dim = getattr(module, "embed_dim", None)
     embed_dim = embed_dim if isinstance(embed_dim, int) and embed_dim else module.num_features
     params = sum(parameter.numel() for parameter in module.parameters())
-    size = input_size or model_input_size(model)
-    on_meta = model._build_skeleton(legal).module.to("meta").eval()
+    on_meta = model._build_skeleton(width).module.to("meta").eval()
     image = torch.zeros(1, *size, device="meta")
     weights = {parameter.untyped_storage()._cdata for parameter in on_meta.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

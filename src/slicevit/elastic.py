@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from slicevit import compiling, constructors, skeletons, subnet
 from slicevit.families import AttnScale, Family, Heads, Layout, Scope, family_of
 from slicevit.skeletons import Links, Skeleton, Statistics
+from slicevit.slicing import Plan
 from slicevit.widths import FULL, End, Isolation, Width, WidthGrid
 
 UNBUILDABLE = (ValueError, AssertionError, RuntimeError, ArithmeticError)  # of timm's classes at a width
@@ -146,6 +147,8 @@ class ElasticModel(nn.Module):
             self._check_grid()
         except ValueError:
             self.grid = old
+            with self._lock:
+                self._forget()
             raise
 
     @property
@@ -357,11 +360,15 @@ class ElasticModel(nn.Module):
 
     def _build_skeleton(self, width: Fraction) -> Skeleton:
         module = skeletons.build_on_meta(partial(self._build, self.arguments(width)))
-        end = self.grid.end(width, self.settings.isolation)
-        scale = "narrow" if width == FULL else self.settings.attn_scale
-        plan = skeletons.plan_for(self._family, self._full, module, width, end, self.settings.layout, scale)
+        known = self._skeletons.get(width)
+        plan = known.plan if known else self._plan(module, width)
         skeletons.match_buffers(skeletons.paired_buffers(module, self._full))
         return Skeleton(module, plan)
+
+    def _plan(self, narrow: nn.Module, width: Fraction) -> Plan:
+        end = self.grid.end(width, self.settings.isolation)
+        scale = "narrow" if width == FULL else self.settings.attn_scale
+        return skeletons.plan_for(self._family, self._full, narrow, width, end, self.settings.layout, scale)
 
     def _build(self, arguments: dict[str, Any]) -> nn.Module:
         make = partial(_constructor(self._full), **self.model_args)

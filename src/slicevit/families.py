@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -74,7 +75,7 @@ def slicing_rules(
         copied = _is_pointwise(owners[0][0])
         if rounded or copied:
             rules[name] = Rule(rounded=rounded, copied=copied)
-        if (found := structured_axis(family, full, name)) is not None:
+        if (found := _structured(family, owners)) is not None:
             fused, owner, owner_name, _ = found
             rule = _rule(fused, owner, narrow.get_submodule(owner_name), layout, attn_scale)
             rules[name] = replace(rule, rounded=rounded, copied=copied or fused.copied)
@@ -85,7 +86,13 @@ def slicing_rules(
 
 def structured_axis(family: Family, model: nn.Module, name: str) -> tuple[Fused, nn.Module, str, str] | None:
     """The structured axis of the parameter `name`, the module that says its blocks, its name, the rest of `name`."""
-    for owner, owner_name, key in owners_of(model, name):
+    return _structured(family, owners_of(model, name))
+
+
+def _structured(
+    family: Family, owners: Iterable[tuple[nn.Module, str, str]]
+) -> tuple[Fused, nn.Module, str, str] | None:
+    for owner, owner_name, key in owners:
         fused = _structure(family, owner, key)
         if fused is not None:
             return fused, owner, owner_name, key
@@ -95,9 +102,9 @@ def structured_axis(family: Family, model: nn.Module, name: str) -> tuple[Fused,
 def owners_of(model: nn.Module, name: str) -> Iterable[tuple[nn.Module, str, str]]:
     """(module, its name, the rest of `name`) of every module that `name` lies in, innermost first."""
     parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        owner = ".".join(parts[:-depth])
-        yield model.get_submodule(owner), owner, ".".join(parts[-depth:])
+    chain = list(accumulate(parts[:-1], getattr, initial=model))
+    for depth in range(len(parts) - 1, -1, -1):
+        yield chain[depth], ".".join(parts[:depth]), ".".join(parts[depth:])
 
 
 def _structure(family: Family, owner: Any, key: str) -> Fused | None:

@@ -27,12 +27,16 @@ Statistics = dict[str, Buffers]  # the running statistics of every BatchNorm, by
 
 @dataclass
 class Skeleton:
-    """A narrow module on `meta` with the plan that fills it; `lock` guards its parameters while they are swapped."""
+    """A narrow module on `meta` with the plan that fills it; `lock` guards its parameters while they are swapped.
+
+    `costs` is the memory of `costs.width_costs`, by the size of the image.
+    """
 
     module: nn.Module
     plan: Plan
     lock: Any = field(default_factory=threading.Lock)
     links: Links | None = None
+    costs: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
     def linked(self, full: nn.Module, statistics: Statistics | None) -> Links:
         """The links to `full` and `statistics`, made again when its submodules were changed, or these are others."""

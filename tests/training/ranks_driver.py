@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from warm import warm_up
 
 from slicevit import checkpoint, cli  # noqa: F401  # plants name them
 from slicevit.data import TrainLoader
@@ -266,5 +267,6 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--plant"]:  # a rank that torch
         exec(planted.get(who, ""))
     cli.main(sys.argv[3:])
 elif __name__ == "__main__":
+    warm_up()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

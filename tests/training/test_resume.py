@@ -1,7 +1,7 @@
 """A run survives: kills, signals, a full disk, broken files, losses that are not finite.
 
-Most runs are children of a driver process that has imported slicevit once and forks, because the import takes
-longer than the run. The reference, one kill and one pair of signals go through `python -m slicevit`.
+Most runs are forks of a driver (resume_driver.py) that has imported slicevit once, because the import takes longer
+than the run. One kill and one pair of signals go through `python -m slicevit`.
 """
 
 import csv
@@ -43,107 +43,7 @@ FLAGS = [
     *("--device", "cpu", "--threads", "1"),
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200"}
-
-# One job a line on stdin, its outcome on stdout. A job's `fault` strikes inside a call of os.replace (onto a file of
-# that name), os.fsync, torch.save or Tensor.backward, the nth time; a `signal` comes from outside.
-DRIVER = r"""
-import errno, io, json, os, resource, signal, sys, time, traceback
-import torch
-from slicevit import cli
-from slicevit.training import loop, runs
-
-def strike(do, signum=signal.SIGKILL):
-    if do == "enospc":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getpid(), signal.SIGTERM if do == "sigterm" else signal.SIGKILL)
-
-def plant(fault):
-    owner, name = {"replace": (os, "replace"), "fsync": (os, "fsync"), "save": (torch, "save"),
-                   "backward": (torch.Tensor, "backward")}[fault["call"]]
-    real, calls, do = getattr(owner, name), [0], fault["do"]
-
-    def planted(*args, **kwargs):
-        if "file" in fault and os.path.basename(os.fspath(args[1])) != fault["file"]:
-            return real(*args, **kwargs)
-        calls[0] += 1
-        if calls[0] != fault["nth"]:
-            return real(*args, **kwargs)
-        if fault["call"] == "save":  # half of it reaches the disk
-            whole = io.BytesIO()
-            real(args[0], whole)
-            file = args[1] if hasattr(args[1], "write") else open(args[1], "wb")
-            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-            file.flush()
-        if fault.get("after"):
-            real(*args, **kwargs)
-            return strike(do)
-        strike(do)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, planted)
-
-def child(job):
-    os.setsid()
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if not job.get("slow_end"):
-        loop.LATENCY_SECONDS = 0.0
-        runs.write_pictures = lambda *args, **kwargs: None
-    if "largest_file" in job:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
-    if "fault" in job:
-        plant(job["fault"])
-    status = 0
-    try:
-        cli.main(job["argv"])
-    except SystemExit as stop:
-        status = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-def reached(job):
-    if "rows" in job:
-        try:
-            return open(job["path"]).read().count("\n") > job["rows"]
-        except FileNotFoundError:
-            return False
-    return "path" not in job or os.path.exists(job["path"])
-
-for line in sys.stdin:
-    job = json.loads(line)
-    begin = time.monotonic()
-    pid = os.fork()
-    if not pid:
-        child(job)
-    sent, due, status = "signal" not in job, None, None
-    while status is None:
-        done, code = os.waitpid(pid, os.WNOHANG)
-        now = time.monotonic()
-        if done:
-            status = os.waitstatus_to_exitcode(code)
-        elif now - begin > 90:
-            os.kill(pid, signal.SIGKILL)
-        elif not sent and due is None and reached(job):
-            due = now + job["delay"]
-        elif not sent and due is not None and now >= due:
-            (os.killpg if job.get("group") else os.kill)(pid, job["signal"])
-            sent = True
-        else:
-            time.sleep(0.002)
-    seconds = time.monotonic() - begin
-    try:
-        os.killpg(pid, signal.SIGKILL)  # the orphaned loader workers of a killed run
-    except ProcessLookupError:
-        pass
-    text = open(job["log"], errors="replace").read() if os.path.exists(job["log"]) else ""
-    print(json.dumps({"status": status, "seconds": seconds, "text": text}), flush=True)
-"""
+DRIVER = Path(__file__).with_name("resume_driver.py")
 
 Runner = Callable[..., dict[str, Any]]
 
@@ -170,7 +70,7 @@ def write_images(folder: Path) -> None:
 def execute(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """`execute(argv, **job)` runs the command line in a fork of the driver and tells how it ended."""
     log = tmp_path_factory.mktemp("logs") / "log"
-    with driving("-c", DRIVER, env=ENVIRONMENT) as ask:
+    with driving(str(DRIVER), env=ENVIRONMENT) as ask:
         yield lambda argv, **job: ask({"argv": argv, "log": str(log), **job})
 
 
@@ -209,12 +109,11 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], seconds: floa
 
 
 @pytest.fixture(scope="module")
-def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run never stopped."""
+def reference(data: Path, execute: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run never stopped, with its pictures."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    process = real_process(train(data, out))
-    _, text = process.communicate(timeout=200)
-    assert process.returncode == 0, text
+    ended = execute(train(data, out), slow_end=True)
+    assert ended["status"] == 0, ended["text"]
     return out
 
 

@@ -180,9 +180,13 @@ class Run(Trainee):
         return eval_transform(self.transform)
 
     def _finish(self) -> Sequence[Any]:
-        model = self.evaluated.eval()
+        self.evaluated.eval()
         scores: dict[str, Any] = self._scores or self._scored()
-        latency = self.ranks.from_main(lambda: measure_widths_latency(model, model.widths, LATENCY_SECONDS))
+        return self.ranks.from_main(lambda: self._rows(scores))
+
+    def _rows(self, scores: dict[str, Any]) -> Sequence[Any]:
+        model = self.evaluated
+        latency = measure_widths_latency(model, model.widths, LATENCY_SECONDS)
         if self.distiller is not None:
             return fit_rows(model, scores, latency, self.transform, self.config.method)
         return result_rows(model, scores, latency, self.transform, self.config.method, model.widths)
