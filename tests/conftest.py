@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
+from turns import Files, order, turn, wants_quiet
 
 from slicevit import cli
 
@@ -19,13 +21,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thre
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay on one worker, with its fixtures; those with a Ray cluster on the same one."""
-    for item in items:
-        file = item.path.stem
-        group = "ray" if file in ("test_ray", "test_predict_ray") else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Long files first, quiet ones last."""
+    items.sort(key=order)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    """Which worker runs what."""
+    return Files(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Workers take turns where a test wants the machine for itself."""
+    with turn(alone=wants_quiet(item)):
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="module")

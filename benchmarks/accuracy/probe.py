@@ -37,13 +37,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "scala": {"grid": "1/4:1:1/8"},
     "separate": {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0},
 }
-IMAGES = {"img_size": 32, "patch_size": 4, "in_chans": 3, "embed_dim": 128, "depth": 6, "num_heads": 4}
+IMAGES = {"img_size": 32, "in_chans": 3, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
 
 def config(args: argparse.Namespace, method: str, data: str) -> TrainConfig:
     """A run of `method` on `data`: the demo's recipe, on a ViT for images of 32 pixels in colour."""
     quiet = {"eval_every": 10_000, "threads": args.threads, "lr": args.lr, "epochs": args.epochs, "seed": 0}
-    quick = {"in_memory": True, "cuda_graphs": True, "device": args.device, "model_args": IMAGES}
+    model_args = IMAGES | {"patch_size": args.patch_size}
+    quick = {"in_memory": True, "cuda_graphs": True, "device": args.device, "model_args": model_args}
     return replace(preset("fashion"), **(quiet | quick | METHODS[method] | {"data": data}))
 
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--train-on", default="fashion-mnist", help="what the runs of `other images` are trained on")
     parser.add_argument("--work", type=Path, default=Path("runs/probe"))
     parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time")
+    parser.add_argument("--patch-size", type=int, default=4, help="8 takes a quarter of the time")
     parser.add_argument("--epochs", type=float, default=20.0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=12_500, help="of each head; fewer, to try the script")
@@ -105,7 +107,7 @@ def main() -> None:
             print(
                 f"{setting:15} {method:9} {name:10} " + "  ".join(f"{w} {v:.2f}" for w, v in top1.items()), flush=True
             )
-    options = {"data": args.data, "train_on": args.train_on, "epochs": args.epochs, "lr": args.lr, "steps": args.steps}
+    options = {name: getattr(args, name) for name in ("data", "train_on", "patch_size", "epochs", "lr", "steps")}
     line = json.dumps({"benchmark": "accuracy/probe", **stamp(), **options, "settings": figures})
     if args.out:
         args.out.write_text(line + "\n")

@@ -1,6 +1,6 @@
 """Whatever is sent, the server says 2xx or 4xx: from its OpenAPI, and with images that were tampered with.
 
-The slow tests are the same with thousands.
+The slow tests are the same at length.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_openapi() -> None:
 
 @pytest.mark.slow
 def test_openapi_at_length() -> None:
-    assert fuzz(new_app(), 1_000) > 2_000
+    assert fuzz(new_app(), 500) > 1_000
 
 
 # Images
@@ -150,6 +150,6 @@ def test_tampered_images(client: TestClient) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_tampered_images(client: TestClient) -> None:
-    statuses = send_tampered(client, 200)
+    statuses = send_tampered(client, 170)
     assert sum(statuses.values()) >= 3_000
     assert client.get("/healthz").status_code == 200

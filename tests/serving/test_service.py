@@ -15,6 +15,11 @@ from slicevit.serving.service import Service  # noqa: E402
 from slicevit.serving.settings import Settings  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _stays_frozen() -> None:
+    """Here a server does freeze what is there."""
+
+
 def test_garbage_collection_passes_over_what_was_there_at_the_start() -> None:
     there = ["a container, which the collector tracks", []]
 
