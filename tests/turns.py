@@ -25,7 +25,7 @@ def wants_quiet(item: pytest.Item) -> bool:
 
 def order(item: pytest.Item) -> tuple[bool, bool]:
     """To sort by: the long files first, so that no worker is left alone with one, and the quiet ones last."""
-    return wants_quiet(item), item.path.parent.name != "training"
+    return wants_quiet(item), item.path.parent.name not in ("training", "tests")
 
 
 class Files(LoadScopeScheduling):

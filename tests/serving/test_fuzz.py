@@ -150,6 +150,6 @@ def test_tampered_images(client: TestClient) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_tampered_images(client: TestClient) -> None:
-    statuses = send_tampered(client, 170)
+    statuses = send_tampered(client, 200)
     assert sum(statuses.values()) >= 3_000
     assert client.get("/healthz").status_code == 200
