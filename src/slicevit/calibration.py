@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slicevit.checkpoint import task_of
 from slicevit.elastic import ElasticModel
 from slicevit.skeletons import Statistics, batch_norms, statistics_of
 from slicevit.widths import FULL, Width
@@ -63,9 +64,12 @@ def require_statistics(model: ElasticModel, run: str | Path, widths: Iterable[Fr
     for width in model.widths if widths is None else widths:
         if not model.is_calibrated(width):
             own = "" if widths is None else f" --width {width}"
+            advice = f"slicevit calibrate {run}{own}"
+            if task_of(run):  # calibrate knows classifiers alone
+                advice = "training takes them, of every width of its --grid"
             raise ValueError(
                 f"{run} has no BatchNorm statistics of width {width}, or weights newer than they, so that what "
-                f"this width answers says nothing: slicevit calibrate {run}{own}"
+                f"this width answers says nothing: {advice}"
             )
 
 

@@ -103,7 +103,7 @@ def test_widths_that_were_trained_alone(pairs: Path, tmp_path: Path) -> None:
         ("1-2", "1", "1/2", "1-2"),
         ("1", "1", "1", "1"),
     ]
-    with pytest.raises(ValueError, match="trained each width alone"):
+    with pytest.raises(ValueError, match=f"trained each width alone.*such as {run / 'separate' / '1'}$"):
         open_model(run)
 
 
@@ -118,10 +118,18 @@ def test_images_that_are_gone_are_replaced_unless_they_are_asked_for(tmp_path: P
             opened.images(options)
 
 
-def test_int8_takes_its_ranges_from_a_folder_too(segmenter: Path, pairs: Path) -> None:
+def test_int8_takes_its_ranges_from_a_folder_too(segmenter: Path, pairs: Path, tmp_path: Path) -> None:
     opened = open_model(segmenter)
     options = Options(precision="int8", calibrate=str(pairs / "test" / "images"))
     assert opened.calibration(opened.images(options), options).images_NCHW.shape == (18, 3, *SIZE)
+    classes = tmp_path / "train" / "cats"
+    classes.mkdir(parents=True)
+    Image.new("RGB", (80, 70)).save(classes / "a.png")
+    options = Options(precision="int8", calibrate=str(tmp_path))
+    assert opened.calibration(opened.images(options), options).images_NCHW.shape == (1, 3, *SIZE)
+    options = Options(precision="int8", calibrate=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"^--calibrate .*gone: there is no such folder"):
+        opened.calibration(opened.images(options), options)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.extra
 for package in ("ray.serve", "fastapi", "prometheus_client", "python_multipart", "fastapi_offline"):
     pytest.importorskip(package, reason=f'needs {package}: pip install "slicevit[ray]"')
 
+from mask_files import save_segmenter  # noqa: E402
+from ray.serve import Application  # noqa: E402
 from serving_fakes import TABLE, FakeEngine  # noqa: E402
 
 from slicevit.serving.ray import app  # noqa: E402
@@ -284,6 +287,11 @@ def test_arguments_that_cannot_be(given: dict[str, Any], said: str) -> None:
         read_arguments({"run": "r", **given}).settings()
     assert str(refused.value).startswith(said)
     assert "\n" not in str(refused.value)
+
+
+def test_a_segmenter_is_served_too(tmp_path: Path) -> None:
+    run = save_segmenter(tmp_path / "segmenter", tmp_path)
+    assert isinstance(app({"run": str(run), "slo-ms": 500}), Application)
 
 
 @pytest.mark.parametrize(

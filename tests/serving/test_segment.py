@@ -131,6 +131,14 @@ def test_bad_input(client: TestClient, content: bytes, fields: dict[str, str], s
     assert (response.status_code, said in response.json()["detail"]) == (status, True), response.text
 
 
+def test_an_image_whose_logits_would_fill_the_memory(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slicevit.serving.tasks.MOST_LOGITS", CLASSES * 64 * 640)
+    assert segment(client, encoded(noise((20, 2)))).status_code == 200
+    response = segment(client, encoded(noise((22, 2))))
+    assert response.status_code == 413
+    assert f"704 x 64 pixels, as the model takes it, with {CLASSES} classes" in response.json()["detail"]
+
+
 def test_a_request_whose_windows_cannot_all_be_in_time_is_shed(run: Path) -> None:
     rows = [{"width": width, "top1": 40.0, "latency_ms": {1: 400.0, 2: 400.0}} for width in WIDTHS]
     settings = Settings(slo_ms=20_000.0)

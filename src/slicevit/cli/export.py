@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -138,13 +139,18 @@ def _reporting() -> Iterator[Report]:
 
 
 def _line(args: ExportArgs, folder: Path, width: str, checked: Checked) -> str:
+    from slicevit.registry import is_timms
+
     parity, accuracy, figure = checked.parity, checked.accuracy, checked.figure
     what = f"{args.to} in {args.quantize}" if args.quantize else args.to
     cost = ""
     if accuracy:
         change = accuracy.artefact - accuracy.source
         cost = f"{figure.name} {accuracy.source:.2f} -> {accuracy.artefact:.2f} ({change:+.2f} points), "
-    load = f'; timm.create_model("local-dir:{folder}", pretrained=True)' if args.to == "timm" else ""
+    load = ""
+    if args.to == "timm":
+        own = "" if is_timms(json.loads((folder / "config.json").read_text())["architecture"]) else "import slicevit; "
+        load = f'; {own}timm.create_model("local-dir:{folder}", pretrained=True)'
     return (
         f"{folder}: {what} at width {width}; {cost}largest logit error {parity.max_abs_error:.1e} of "
         f"{parity.max_abs_logit:.1e}, {figure.answer} agreement {parity.agreement:.1%} on {parity.images} "

@@ -138,7 +138,10 @@ def folder_images(spec: str, convert: Transform, in_chans: int) -> Tensor:
 
     Raises ValueError when it holds none, or one of them cannot be read.
     """
-    found, _ = find_images_and_targets(str(Path(spec).expanduser()))
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"--calibrate {spec}: there is no such folder")
+    found, _ = find_images_and_targets(str(folder))
     if not found:
         raise ValueError(f"--calibrate {spec} holds no images")
     mode = IMAGE_MODES[in_chans]

@@ -16,10 +16,10 @@ def open_model(run: str | Path) -> Opened:
     Raises ValueError when there is none, or it is of a task that is neither exported nor served.
     """
     task = task_of(run)
-    if Path(run, "separate").is_dir():
+    if (parts := Path(run, "separate")).is_dir():
+        such = min(parts.iterdir(), default=parts / "1-2")
         raise ValueError(
-            f"{run} trained each width alone, so no model in it has every width: "
-            f"name the folder of one, such as {Path(run, 'separate', '1-4')}"
+            f"{run} trained each width alone, so no model in it has every width: name the folder of one, such as {such}"
         )
     if task not in (None, SEGMENTATION):
         raise ValueError(f"{run} is a run of slicevit {COMMANDS.get(task, task)}, which is neither exported nor served")

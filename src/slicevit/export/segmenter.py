@@ -86,9 +86,12 @@ class OpenedSegmenter(Opened):
     def calibration(self, images: Images, options: Options) -> Calibration:
         """A window of each of up to 256 training images, or of a folder's."""
         spec = options.calibrate or images.name
-        if options.calibrate and not (Path(spec) / "train").is_dir() and not (Path(spec) / "images").is_dir():
+        try:
+            masks = self._masks(spec, "train")
+        except ValueError:  # not laid out as the run's
+            if not options.calibrate:
+                raise
             return Calibration(spec, folder_images(spec, self._first_window, self.recipe.in_chans))
-        masks = self._masks(spec, "train")
         training = Images(spec, min(CALIBRATING, len(masks)), masks, eval_pair_transform(self.recipe.transform()))
         windows = [cut_windows(image_1CHW, self.window)[0] for image_1CHW, _ in training.batches(1)]
         return Calibration(spec, torch.cat(windows))

@@ -29,6 +29,7 @@ from slicevit.runtime.engine import Engine
 from slicevit.runtime.peak import peak_growth
 from slicevit.runtime.profile import Profile
 from slicevit.version import versions
+from slicevit.widths import FULL
 
 Progress = Callable[[str, float], None]  # what is done, and the share of it from 0 to 1
 
@@ -171,6 +172,8 @@ def _scores(run: str | Path, widths: Sequence[Fraction], figure: Figure) -> dict
     if not Path(run, "results.json").exists():
         raise ValueError(f"{run} has no results: its widths have no accuracy yet; run `slicevit eval {run}` first")
     scores = read_figures(run, figure.column)
+    if list(widths) == [FULL] and len(scores) == 1:  # cut out and trained alone: its row has the width it was cut at
+        scores = {FULL: next(iter(scores.values()))}
     missing = [width for width in widths if width not in scores]
     if missing:
         raise ValueError(f"{run} has no accuracy of width {missing[0]} in its results: run `slicevit eval {run}` again")

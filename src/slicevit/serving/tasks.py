@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slicevit.checkpoint import SEGMENTATION
 from slicevit.evaluation.segmentation import class_map, cut_windows, joined
+from slicevit.serving.refusal import Refusal
 from slicevit.serving.runs import Runs
 from slicevit.serving.schemas import (
     CLASSIFY,
@@ -33,6 +34,7 @@ from slicevit.serving.schemas import (
 )
 
 _TOP_K = 5
+MOST_LOGITS = 2**28  # numbers of an image's logits: 1 GiB
 Response = Classified | Segmented
 
 
@@ -141,8 +143,15 @@ class Segmentation(Task):
         return self.engine.input_size[1], self.engine.input_size[2]
 
     def decoded(self, image: Image.Image) -> Decoded:
-        """Its windows."""
+        """Its windows. Raises Refusal: 413 for one so long and thin that its logits would fill the memory."""
         image_CHW = self.engine.transform(image)
+        height, width = image_CHW.shape[1:]
+        if self.engine.num_classes * height * width > MOST_LOGITS:
+            raise Refusal(
+                413,
+                f"image: {width} x {height} pixels, as the model takes it, with {self.engine.num_classes} classes are "
+                "too much for one answer: send it in parts that are less long and thin",
+            )
         windows = tuple(window_1Chw[0] for window_1Chw in cut_windows(image_CHW[None], self._window))
         return Decoded(windows, (image.height, image.width), (image_CHW.shape[1], image_CHW.shape[2]))
 

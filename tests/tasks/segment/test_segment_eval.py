@@ -12,6 +12,7 @@ from mask_files import write_pairs
 from segmenting import refused, table
 
 from slicevit import cli
+from slicevit.runtime.measured import profile_run
 
 Segment = Callable[..., None]
 FIGURES = ("width", "miou", "pixel_accuracy", "loss", "param_count", "gmacs", "images")
@@ -63,6 +64,8 @@ def test_each_width_of_a_run_that_trained_them_alone(segment: Segment, tmp_path:
     cli.main(["eval", str(run / "separate" / "1-2")])
     with (run / "separate" / "1-2" / "results.csv").open(newline="") as lines:
         assert [row["width"] for row in csv.DictReader(lines)] == ["1/2"]
+    (row,) = profile_run(run / "separate" / "1-2", seconds=0.01, batch=(1,), threads=1)["rows"]
+    assert (row["width"], row["miou"]) == ("1", pytest.approx(float(table(run)[0]["miou"]), abs=0.01))
 
 
 @pytest.mark.parametrize(

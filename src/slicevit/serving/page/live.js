@@ -30,7 +30,7 @@ const panels = [
   },
   {title: "Width in use", lines: [], stacked: true, scale: whole, tick: asPercent},
   {
-    title: "Accuracy estimate, top\u20111",
+    title: "Accuracy estimate",
     lines: [line("estimate", "top1", "--c0", points), limit("floor", "min_top1", points)],
     scale: accuracyScale, tick: value => `${value} %`,
   },
@@ -44,9 +44,15 @@ const inUse = sample => Object.values(sample.widths).some(part => part > 0) ? sa
 const nearest = time => samples.reduce((best, sample) =>
   best && Math.abs(best.time - time) <= Math.abs(sample.time - time) ? best : sample, undefined);
 
-/** Take the widths of /v1/model. */
-export function setModel(widths) {
+/** Take the widths of /v1/model, and the name of the figure that their accuracy is. */
+export function setModel(widths, figure) {
   model = widths;
+  name(panels.at(-1), `Accuracy estimate, ${figure}`);
+}
+
+function name(panel, title) {
+  panel.heading.textContent = title;
+  panel.chart.setAttribute("aria-label", `${title}, over the last three minutes`);
 }
 
 /** Take a status of /v1/status and draw it. */
@@ -168,9 +174,10 @@ function read(time) {
 
 for (const panel of panels) {
   panel.legend = make("ul");
-  panel.chart = svg("svg", {role: "img", "aria-label": `${panel.title}, over the last three minutes`});
-  byId("panels").append(make("figure", {},
-    make("figcaption", {}, make("h3", {}, panel.title), panel.legend), panel.chart));
+  panel.heading = make("h3");
+  panel.chart = svg("svg", {role: "img"});
+  name(panel, panel.title);
+  byId("panels").append(make("figure", {}, make("figcaption", {}, panel.heading, panel.legend), panel.chart));
   panel.chart.addEventListener("pointermove", event => {
     const pixel = event.clientX - panel.chart.getBoundingClientRect().left;
     read(nearest(panel.timeAt(pixel))?.time ?? null);

@@ -53,9 +53,10 @@ function showModel(answer) {
     make("div", {}, make("dt", {}, "Up for"), make("dd", {id: "uptime"}, "–")));
   byId("classifier").hidden = answer.task !== "classification";
   byId("elsewhere").hidden = answer.task === "classification";
-  showWidths(answer.widths, answer.figure === "top-1" ? "Top\u20111" : answer.figure);
+  const figure = answer.figure.replace("-", "\u2011");
+  showWidths(answer.widths, figure === "top\u20111" ? "Top\u20111" : figure);
   setWidths(names);
-  live.setModel(answer.widths);
+  live.setModel(answer.widths, figure);
   return answer;
 }
 

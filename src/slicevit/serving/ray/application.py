@@ -12,7 +12,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from slicevit.checkpoint import is_hub_name, read_config
+from slicevit.checkpoint import SEGMENTATION, is_hub_name, read_config, task_of
+from slicevit.dense.saved import read_segmenter
 from slicevit.serving.app import app_of
 from slicevit.serving.arguments import check_installed
 from slicevit.serving.ray.fleet import Fleet, ReplicaLost
@@ -78,7 +79,10 @@ def app(args: dict[str, Any]) -> serve.Application:
     arguments = read_arguments(args)
     arguments.settings()  # refuses here what would else fail on the replicas
     if Path(arguments.run).is_dir() or not is_hub_name(arguments.run):
-        read_config(arguments.run)
+        if task_of(arguments.run) == SEGMENTATION:
+            read_segmenter(Path(arguments.run))
+        else:
+            read_config(arguments.run)
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": DRAIN_SECONDS,
         "max_constructor_retry_count": _STARTS,
