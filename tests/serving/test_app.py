@@ -494,7 +494,7 @@ def test_openapi_names_every_path(served: Served) -> None:
         ({"slo_ms": 0.0}, "--slo-ms 0"),
         ({"slo_ms": float("nan")}, "--slo-ms nan"),
         ({"slo_ms": 1e9}, "--slo-ms 1e+09"),
-        ({"min_top1": 95.0}, "min_top1 95.0: the best is 1 with 90.0"),
+        ({"min_top1": 95.0}, "--min-top1 0.95: the most accurate width is 1 with 0.9, so give no more than that"),
         ({"policy": "fixed"}, "--policy fixed and --width go together"),
         ({"width": HALF}, "--width go together"),
         ({"policy": "fixed", "width": FULL / 3}, "width 1/3 is not in the table"),

@@ -195,7 +195,7 @@ def test_a_port_that_is_taken(run: Path, refused: Callable[..., str]) -> None:
         (["--port", "-1"], "--port -1"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1 --port 0 cannot be used"),
         (["--min-top1", "80"], "--min-top1 80 is no share from 0 to 1: for 80 per cent write 0.8"),
-        (["--min-top1", "0.99"], "the best is 1 with 71"),
+        (["--min-top1", "0.99"], "--min-top1 0.99: the most accurate width is 1 with 0.71, "),
         (["--slo-ms", "1e-6"], "--slo-ms 1e-06 cannot be kept: give milliseconds from"),
         (["--slo-ms", "nan"], "--slo-ms nan"),
         (["--policy", "fixed"], "--policy fixed and --width go together"),

@@ -259,5 +259,11 @@ class Service:
 
 
 def _legal(table: Profile, settings: Settings) -> Profile:
-    legal = table.within(min_top1=settings.min_top1)
+    floor, best = settings.min_top1, max(table.rows, key=lambda row: row.top1)
+    if floor is not None and floor > best.top1:
+        raise ValueError(
+            f"--min-top1 {floor / 100:g}: the most accurate width is {best.width} with {best.top1 / 100:.4g}, so give "
+            "no more than that"
+        )
+    legal = table.within(min_top1=floor)
     return legal if settings.width is None else Profile((legal.row(settings.width),))
