@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Callable
 from fractions import Fraction
@@ -200,7 +199,7 @@ def test_an_error_leaves_all_statistics_and_modes_as_they_were(images: list[Tens
     assert all(layer.momentum == 0.1 for layer in model.modules() if isinstance(layer, BatchNorm))
 
 
-def test_one_width_alone_is_calibrated(tmp_path: Path) -> None:
+def test_one_width_alone_is_calibrated() -> None:
     model = swift()
     full = statistics(model)
     slicevit.calibrate(model, batches(), ["1/2"])
@@ -208,9 +207,8 @@ def test_one_width_alone_is_calibrated(tmp_path: Path) -> None:
     assert all(torch.equal(value, full[name]) for name, value in statistics(model).items())
     with pytest.raises(ValueError, match=r"RUN .* width 1/4.*slicevit calibrate RUN"):
         require_statistics(model, "RUN")
-    (tmp_path / "config.json").write_text(json.dumps({"slicevit": {"task": "segmentation"}}))
     with pytest.raises(ValueError, match=r"width 1/4.*training takes them, of every width of its --grid$"):
-        require_statistics(model, tmp_path)
+        require_statistics(model, "RUN", task="segmentation")
 
 
 # --- copies, grids, devices ------------------------------------------------------------------------------

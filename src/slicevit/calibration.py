@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slicevit.checkpoint import task_of
 from slicevit.elastic import ElasticModel
 from slicevit.skeletons import Statistics, batch_norms, statistics_of
 from slicevit.widths import FULL, Width
@@ -59,13 +58,18 @@ def calibrate(
     return seen
 
 
-def require_statistics(model: ElasticModel, run: str | Path, widths: Iterable[Fraction] | None = None) -> None:
-    """Raise ValueError when one of `widths` (by default all) runs on BatchNorm statistics that are not its own."""
+def require_statistics(
+    model: ElasticModel, run: str | Path, widths: Iterable[Fraction] | None = None, task: str | None = None
+) -> None:
+    """Raise ValueError when one of `widths` (by default all) runs on BatchNorm statistics that are not its own.
+
+    `task` is what the run is for, None for a classifier; the message says what to do accordingly.
+    """
     for width in model.widths if widths is None else widths:
         if not model.is_calibrated(width):
             own = "" if widths is None else f" --width {width}"
             advice = f"slicevit calibrate {run}{own}"
-            if task_of(run):  # calibrate knows classifiers alone
+            if task:  # calibrate knows classifiers alone
                 advice = "training takes them, of every width of its --grid"
             raise ValueError(
                 f"{run} has no BatchNorm statistics of width {width}, or weights newer than they, so that what "
