@@ -407,7 +407,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     file, out = write_file(tmp_path / "published.pth", weights), tmp_path / "imported"
     cli.main(["import", str(file), str(out), "--model", name, "--grid", GRID])
     assert str(out) in capsys.readouterr().out
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     model = slicevit.from_pretrained(out)
     assert list(model.widths) == WIDTHS
     for width in WIDTHS:

@@ -68,9 +68,7 @@ def require_statistics(
     for width in model.widths if widths is None else widths:
         if not model.is_calibrated(width):
             own = "" if widths is None else f" --width {width}"
-            advice = f"slicevit calibrate {run}{own}"
-            if task:  # calibrate knows classifiers alone
-                advice = "training takes them, of every width of its --grid"
+            advice = "training takes them, of every width of its --grid" if task else f"slicevit calibrate {run}{own}"
             raise ValueError(
                 f"{run} has no BatchNorm statistics of width {width}, or weights newer than they, so that what "
                 f"this width answers says nothing: {advice}"

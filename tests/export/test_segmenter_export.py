@@ -130,6 +130,11 @@ def test_int8_takes_its_ranges_from_a_folder_too(segmenter: Path, pairs: Path, t
     options = Options(precision="int8", calibrate=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"^--calibrate .*gone: there is no such folder"):
         opened.calibration(opened.images(options), options)
+    unpaired = write_pairs(tmp_path / "unpaired", {"train": 2})  # masks are no images to calibrate on
+    next((unpaired / "train" / "masks").iterdir()).unlink()
+    options = Options(precision="int8", calibrate=str(unpaired))
+    with pytest.raises(ValueError, match=r"^--calibrate .* has no mask "):
+        opened.calibration(opened.images(options), options)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ LAYOUTS: dict[str, _Folders] = {
 }
 
 
+def pair_folders(folder: str | Path, split: str, layout: Layout) -> tuple[Path, Path]:
+    """Where `layout` keeps the images and the masks of a split below `folder`, whether they are there or not."""
+    kept = LAYOUTS[layout]
+    name = kept.names.get(split, split)
+    return Path(folder, kept.images.format(split=name)), Path(folder, kept.masks.format(split=name))
+
+
 class MaskSet(ImageSet):
     """Images and their masks: folders of both, with equal file names but for the ending.
 
@@ -64,9 +71,7 @@ class MaskSet(ImageSet):
         if not 2 <= num_classes <= _VOID_BYTE:
             raise ValueError(f"--num-classes must lie between 2 and {_VOID_BYTE}, got {num_classes}")
         self._layout = LAYOUTS[layout]
-        name = self._layout.names.get(split, split)
-        self._images = Path(folder, self._layout.images.format(split=name))
-        self._masks = Path(folder, self._layout.masks.format(split=name))
+        self._images, self._masks = pair_folders(folder, split, layout)
         for part in (self._images, self._masks):
             if not part.is_dir():
                 raise ValueError(f"--data {folder}: {part} is no folder; the layout {layout} keeps {split} there")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slicevit.checkpoint import SEGMENTATION
 from slicevit.data import BUNDLED, Transform, open_dataset
-from slicevit.data.masks import MaskSet, eval_image_transform, eval_pair_transform
+from slicevit.data.masks import Layout, MaskSet, eval_image_transform, eval_pair_transform, pair_folders
 from slicevit.dense.saved import Recipe, load_segmenter, read_segmenter
 from slicevit.evaluation.figures import MIOU
 from slicevit.evaluation.segmentation import OVERLAP, cut_windows, evaluate_masks
@@ -62,9 +62,13 @@ class OpenedSegmenter(Opened):
             "decoder": self.recipe.decoder,
         }
 
+    @property
+    def _layout(self) -> Layout:
+        layout: Layout = self.config["training"].get("folders", "masks")
+        return layout
+
     def _masks(self, spec: str, split: str) -> MaskSet:
-        folders = self.config["training"].get("folders", "masks")
-        return MaskSet(spec, split, self.num_classes, folders, self.recipe.in_chans)
+        return MaskSet(spec, split, self.num_classes, self._layout, self.recipe.in_chans)
 
     def images(self, options: Options) -> Images:
         """Of the images that training was scored on; in float32 the bundled ones where these cannot be opened."""
@@ -86,12 +90,12 @@ class OpenedSegmenter(Opened):
     def calibration(self, images: Images, options: Options) -> Calibration:
         """A window of each of up to 256 training images, or of a folder's."""
         spec = options.calibrate or images.name
+        if options.calibrate and not all(part.is_dir() for part in pair_folders(spec, "train", self._layout)):
+            return Calibration(spec, folder_images(spec, self._first_window, self.recipe.in_chans))
         try:
             masks = self._masks(spec, "train")
-        except ValueError:  # not laid out as the run's
-            if not options.calibrate:
-                raise
-            return Calibration(spec, folder_images(spec, self._first_window, self.recipe.in_chans))
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data", "--calibrate", bool(options.calibrate))) from None
         training = Images(spec, min(CALIBRATING, len(masks)), masks, eval_pair_transform(self.recipe.transform()))
         windows = [cut_windows(image_1CHW, self.window)[0] for image_1CHW, _ in training.batches(1)]
         return Calibration(spec, torch.cat(windows))
