@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from slicevit import from_pretrained
+from slicevit import ElasticModel, from_pretrained
 from slicevit.checkpoint import read_config
 from slicevit.data import eval_batches, eval_config, eval_transform, open_dataset
 from slicevit.evaluation.accuracy import correct_per_image
 from slicevit.evaluation.results import read_results
 from slicevit.evaluation.statistics import paired_bootstrap
 from slicevit.files import replacing, write_text
+from slicevit.tasks.detect import runs as detect_runs
+from slicevit.tasks.detect.config import DetectConfig
 from slicevit.tasks.segment import runs as segment_runs
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.training import loop, runs
@@ -39,12 +41,13 @@ from slicevit.training.signals import Interrupted, StopRequest
 
 WIDTHS = ("1/4", "1/2", "3/4", "1")
 NOT_FINITE = "not-finite.txt"
+_KINDS = {TrainConfig: runs, SegmentConfig: segment_runs, DetectConfig: detect_runs}
 
 
 class Job(NamedTuple):
-    """A run to be made, or gone on with, in `folder`: of `slicevit train`, or `slicevit segment` as its config says."""
+    """A run to be made, or gone on with, in `folder`: of `slicevit train`, `segment` or `detect`, by its config."""
 
-    config: TrainConfig | SegmentConfig
+    config: TrainConfig | SegmentConfig | DetectConfig
     folder: Path
 
 
@@ -55,7 +58,8 @@ def run_folder(work: Path, name: str, rate: float, seed: int) -> Path:
 
 def done(folder: Path) -> bool:
     """Whether the run has its results, or cannot have any because a loss was not finite."""
-    return (folder / "results.json").exists() or (folder / NOT_FINITE).exists()
+    ends = ("results.json", "distillation.json", NOT_FINITE)  # the second of a run that no labels teach
+    return any((folder / name).exists() for name in ends)
 
 
 def mean_top1(folder: Path) -> float:
@@ -105,7 +109,7 @@ def run_all(ready: Callable[[], Iterable[Job]], workers: int) -> list[Path]:
     return failed
 
 
-def _child(config: TrainConfig | SegmentConfig, folder: Path) -> None:
+def _child(config: TrainConfig | SegmentConfig | DetectConfig, folder: Path) -> None:
     """The run, and which images a classifier gets right, in a process that stops with its parent."""
     os.setsid()  # Ctrl-C reaches the parent alone, which passes it on once
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -113,12 +117,12 @@ def _child(config: TrainConfig | SegmentConfig, folder: Path) -> None:
     try:
         with open(os.devnull, "w") as quiet:
             console = Console(file=quiet)
-            made: Any = segment_runs if isinstance(config, SegmentConfig) else runs
+            made: Any = _KINDS[type(config)]
             if (folder / "config.json").exists():
                 made.resume(folder, console)
             else:
                 made.start(config, folder, console)
-        if isinstance(config, TrainConfig):
+        if isinstance(config, TrainConfig) and config.learns_labels:
             correct(folder)
     except Interrupted as stop:
         sys.exit(stop.exit_status)
@@ -148,16 +152,26 @@ def _correct(folder: Path, width: str, grid: str | None) -> np.ndarray:
         return np.load(kept)
     separate = is_separate(folder)
     source = part_folder(folder, width) if separate else folder
-    training = runs.read_train_config(source)
-    transform = eval_config(read_config(source)[0])
-    device = pick_device(training.device)
-    model = from_pretrained(source, **({"grid": grid} if grid and not separate else {})).to(device)
-    images = open_dataset(training.data, "val", root=training.data_root, in_chans=transform.in_chans)
-    batches = eval_batches(images, eval_transform(transform), training.eval_batch_size, training.workers)
-    hits_N = correct_per_image(model.subnet("1" if separate else width), batches, device).numpy()
+    model = from_pretrained(source, **({"grid": grid} if grid and not separate else {}))
+    hits_N = hits_of(source, model, "1" if separate else width)
     with replacing(kept) as temporary, open(temporary, "wb") as file:
         np.save(file, hits_N)
     return hits_N
+
+
+def hits_of(folder: Path, model: ElasticModel, width: str) -> np.ndarray:
+    """Bool (N,): which test images of the run in `folder` its `model` gets right at a width."""
+    training = runs.read_train_config(folder)
+    transform = eval_config(read_config(folder)[0])
+    images = open_dataset(training.data, "val", root=training.data_root, in_chans=transform.in_chans)
+    batches = eval_batches(images, eval_transform(transform), training.eval_batch_size, training.workers)
+    device = pick_device(training.device)
+    return correct_per_image(model.to(device).subnet(width), batches, device).numpy()
+
+
+def show(name: str, by_width: Mapping[str, float]) -> None:
+    """A line of figures by width on the terminal."""
+    print(f"{name}  " + "  ".join(f"{width} {value:.2f}" for width, value in by_width.items()), flush=True)
 
 
 def by_width(values_W: np.ndarray) -> dict[str, float]:

@@ -8,8 +8,9 @@ Two settings:
 - `other images`: trained on --train-on (the bundled Fashion-MNIST by default, resized), probed on all of the data.
 In each, a Scala model and a model of every one of the widths 1/4, 1/2, 3/4, 1 trained alone, of equal epochs and
 learning rate. Each is probed with linear heads of its own at every width, with one sliceable head (Scala alone), and
-with 20 nearest neighbours. Runs and features that are there are not made again. Ends with one JSON line, which --out
-also writes.
+with 20 nearest neighbours. Then Scala's run of `unseen classes` is fine-tuned to the classes that it was probed on, all
+widths in one, beside a run of the same epochs from scratch. Runs and features that are there are not made again. Ends
+with one JSON line, which --out also writes.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common_runs import WIDTHS, Job, run_all, run_folder, stamp
+from common_runs import WIDTHS, Job, run_all, run_folder, show, stamp
 
 from slicevit.evaluation.probe.job import run_probe
 from slicevit.evaluation.probe.probed import Driver
-from slicevit.evaluation.probe.results import ProbeResult
+from slicevit.evaluation.probe.results import SLICEABLE
 from slicevit.evaluation.probe.settings import ProbeSettings
+from slicevit.evaluation.results import read_results
 from slicevit.training.config import TrainConfig
 from slicevit.training.methods import part_folder
 from slicevit.training.presets import preset
@@ -48,27 +50,44 @@ def config(args: argparse.Namespace, method: str, data: str) -> TrainConfig:
     return replace(preset("fashion"), **(quiet | quick | METHODS[method] | {"data": data}))
 
 
-def probe(args: argparse.Namespace, run: Path, data: str, out: Path, widths: tuple[str, ...]) -> list[ProbeResult]:
-    """The rows of both probes of `run`."""
+def by_probe(
+    args: argparse.Namespace, run: Path, data: str, out: Path, widths: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """probe -> width -> top-1 in per cent, of both probes of `run` with `args.steps` on `args.device`."""
     settings = ProbeSettings(str(run), data, out=out, widths=widths, steps=args.steps, device=args.device)
     driver = Driver(pick_device(args.device))
-    linear, _ = run_probe(settings, driver)
-    neighbours, _ = run_probe(replace(settings, knn=True), driver)
-    return linear + neighbours
+    found: dict[str, dict[str, float]] = {}
+    for knn in (False, True):
+        for row in run_probe(replace(settings, knn=knn), driver)[0]:
+            found.setdefault(row.probe, {})[row.width] = round(row.top1, 2)
+    return found
 
 
 def table(args: argparse.Namespace, method: str, run: Path, data: str, out: Path) -> dict[str, dict[str, float]]:
-    """probe -> width -> top-1 in per cent."""
-    if method == "separate":
-        parts = [(width, part_folder(run, width), ("1",)) for width in WIDTHS]
-    else:
-        parts = [("", run, WIDTHS)]
+    """The same of a run of `method`; networks of one width have no sliceable head."""
+    if method != "separate":
+        return by_probe(args, run, data, out / "all", WIDTHS)
     found: dict[str, dict[str, float]] = {}
-    for alone, folder, widths in parts:
-        for row in probe(args, folder, data, out / (alone.replace("/", "-") or "all"), widths):
-            if not (alone and row.probe == "sliceable"):
-                found.setdefault(row.probe, {})[alone or row.width] = round(row.top1, 2)
+    for width in WIDTHS:
+        alone = by_probe(args, part_folder(run, width), data, out / width.replace("/", "-"), ("1",))
+        for name in alone.keys() - {SLICEABLE}:
+            found.setdefault(name, {})[width] = alone[name]["1"]
     return found
+
+
+def fine_tuned(args: argparse.Namespace, start: Path, data: str) -> dict[str, dict[str, float]]:
+    """How it began -> width -> top-1 in per cent, after --tune-epochs of all widths on `data`."""
+    base = replace(config(args, "scala", data), epochs=args.tune_epochs)
+    jobs = {
+        name: Job(replace(base, init=init), run_folder(args.work, f"classes probed, {name}", args.lr, 0))
+        for name, init in {"fine-tuned": str(start), "from scratch": "scratch"}.items()
+    }
+    if failed := run_all(jobs.values, args.jobs):
+        sys.exit(f"failed: {', '.join(run.name for run in failed)}")
+    return {
+        name: {row.width: round(row.top1, 2) for row in read_results(job.folder) if row.width in WIDTHS}
+        for name, job in jobs.items()
+    }
 
 
 def main() -> None:
@@ -79,6 +98,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time")
     parser.add_argument("--patch-size", type=int, default=4, help="8 takes a quarter of the time")
     parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--tune-epochs", type=float, default=5.0, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=12_500, help="of each head; fewer, to try the script")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
@@ -103,11 +123,14 @@ def main() -> None:
         figures.setdefault(setting, {})[method] = table(
             args, method, folder, settings[setting][1], args.work / "probes" / folder.name
         )
-        for name, top1 in figures[setting][method].items():
-            print(
-                f"{setting:15} {method:9} {name:10} " + "  ".join(f"{w} {v:.2f}" for w, v in top1.items()), flush=True
-            )
-    options = {name: getattr(args, name) for name in ("data", "train_on", "patch_size", "epochs", "lr", "steps")}
+    unseen = "unseen classes"
+    figures[unseen]["scala"] |= fine_tuned(args, folders[unseen, "scala"], settings[unseen][1])
+    for setting, methods in figures.items():
+        for method, rows in methods.items():
+            for name, top1 in rows.items():
+                show(f"{setting:15} {method:9} {name:12}", top1)
+    names = ("data", "train_on", "patch_size", "epochs", "tune_epochs", "lr", "steps")
+    options = {name: getattr(args, name) for name in names}
     line = json.dumps({"benchmark": "accuracy/probe", **stamp(), **options, "settings": figures})
     if args.out:
         args.out.write_text(line + "\n")

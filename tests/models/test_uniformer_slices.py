@@ -113,6 +113,13 @@ def test_saved_and_as_a_timm_folder_it_answers_the_same_and_says_what_to_import(
     assert "import slicevit  # registers it\nimport timm" in (folder / "README.md").read_text()
 
 
+@each_name
+def test_of_grey_images_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    slicevit.create_model(name, "1/4:1:3/4", embed_dims=DIMS, in_chans=1, **TINY).save_pretrained(tmp_path)
+    model = slicevit.from_pretrained(tmp_path).eval()
+    assert model(images()[:, :1]).shape == (len(images()), 5)
+
+
 @pytest.mark.extra
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs ONNX")
 def test_onnx_prunes_the_same_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

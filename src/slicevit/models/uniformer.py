@@ -69,7 +69,7 @@ class UniFormer(UniFormerTrunk):
         for index, blocks in enumerate(_blocks(embed_dims, depths, num_heads, drop_path_rate, local, attending)):
             before = embed_dims[index - 1] if index else in_chans
             stages.append(Stage(PatchEmbed(before, embed_dims[index], 2 if index else 4), blocks))
-        super().__init__(stages, embed_dims, num_classes, global_pool, drop_rate)
+        super().__init__(stages, embed_dims, in_chans, num_classes, global_pool, drop_rate)
 
 
 class HourglassUniFormer(UniFormerTrunk):
@@ -126,7 +126,7 @@ class HourglassUniFormer(UniFormerTrunk):
                 class_dim = dim
             else:
                 stages.append(Stage(smaller, blocks))
-        super().__init__(stages, embed_dims, num_classes, global_pool, drop_rate)
+        super().__init__(stages, embed_dims, in_chans, num_classes, global_pool, drop_rate)
         self.norm_cls = nn.LayerNorm(self.num_features)
         self.head_cls = _linear(self.num_features, num_classes)
         self.distilled_training = False

@@ -21,15 +21,23 @@ class UniFormerTrunk(nn.Module):
     Args:
         stages: each takes what the one before gives: a map (B, C, H, W), or a tuple that begins with one.
         embed_dims: channels of the stages.
+        in_chans: channels of the images, C of the first stage.
         num_classes: K.
         global_pool: as timm's `SelectAdaptivePool2d` names it.
         drop_rate: rate of dropout in front of the head.
     """
 
     def __init__(
-        self, stages: list[Stage], embed_dims: Sequence[int], num_classes: int, global_pool: str, drop_rate: float
+        self,
+        stages: list[Stage],
+        embed_dims: Sequence[int],
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
     ):
         super().__init__()
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = embed_dims[-1]
         self.stages = nn.Sequential(*stages)
