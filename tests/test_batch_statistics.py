@@ -207,8 +207,6 @@ def test_one_width_alone_is_calibrated() -> None:
     assert all(torch.equal(value, full[name]) for name, value in statistics(model).items())
     with pytest.raises(ValueError, match=r"RUN .* width 1/4.*slicevit calibrate RUN"):
         require_statistics(model, "RUN")
-    with pytest.raises(ValueError, match=r"width 1/4.*training takes them, of every width of its --grid$"):
-        require_statistics(model, "RUN", task="segmentation")
 
 
 # --- copies, grids, devices ------------------------------------------------------------------------------

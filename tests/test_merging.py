@@ -144,6 +144,7 @@ def plain_timm(name: str, **arguments: Any) -> nn.Module:
         (lambda: plain_timm("vit_base_patch32_clip_224", depth=1), -1, "0 or more"),
         (lambda: elastic().subnet("1/2"), (1, 2), "one for each of the 3 blocks"),
         (lambda: elastic().subnet("1/2"), -1, "give a number of 0 or more"),
+        (lambda: elastic().subnet("1/2"), 2.5, "give a number of 0 or more"),
     ],
 )
 def test_what_cannot_be_merged(make: Any, merged: Any, said: str) -> None:

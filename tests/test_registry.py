@@ -216,6 +216,15 @@ def test_the_command_prints_a_line_for_every_name_as_json(capsys: pytest.Capture
     assert all(entry["kind"] == "other" and entry["reason"] for entry in entries)
 
 
+def test_an_architecture_with_neither_halves_nor_quarters_is_proven_on_its_own_grid(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cli.main(["families", "coat_tiny", "--check"])
+    printed = capsys.readouterr().out
+    assert "5/19:1:1/19" in printed
+    assert "exact" in printed
+
+
 def test_the_command_proves_prints_a_table_and_writes_the_list(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -233,7 +242,7 @@ def test_the_command_fails_if_a_proof_does(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as stop:
         cli.main(["families", "beit_base_patch16_224", "--check"])
     assert stop.value.code == 2
-    assert "not proven: Beit" in capsys.readouterr().err
+    assert "not proven: Beit (" in capsys.readouterr().err
 
 
 def test_the_command_refuses_a_pattern_that_fits_nothing(capsys: pytest.CaptureFixture[str]) -> None:

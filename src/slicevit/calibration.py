@@ -58,20 +58,14 @@ def calibrate(
     return seen
 
 
-def require_statistics(
-    model: ElasticModel, run: str | Path, widths: Iterable[Fraction] | None = None, task: str | None = None
-) -> None:
-    """Raise ValueError when one of `widths` (by default all) runs on BatchNorm statistics that are not its own.
-
-    `task` is what the run is for, None for a classifier; the message says what to do accordingly.
-    """
+def require_statistics(model: ElasticModel, run: str | Path, widths: Iterable[Fraction] | None = None) -> None:
+    """Raise ValueError when one of `widths` (by default all) runs on BatchNorm statistics that are not its own."""
     for width in model.widths if widths is None else widths:
         if not model.is_calibrated(width):
             own = "" if widths is None else f" --width {width}"
-            advice = "training takes them, of every width of its --grid" if task else f"slicevit calibrate {run}{own}"
             raise ValueError(
                 f"{run} has no BatchNorm statistics of width {width}, or weights newer than they, so that what "
-                f"this width answers says nothing: {advice}"
+                f"this width answers says nothing: slicevit calibrate {run}{own}"
             )
 
 

@@ -35,12 +35,13 @@ _CLASSES = 7
 _NARROWEST = 24  # channels; with fewer, a matrix product of a view may round otherwise than that of a copy
 
 
-def small_model(name: str, seed: int = 0) -> tuple[ElasticModel, Tensor]:
+def small_model(name: str, seed: int = 0, grid: str | None = None) -> tuple[ElasticModel, Tensor]:
     """A model of timm's architecture `name`, shrunken in width, depth and image, and two images (2, C, H, W) for it.
 
     Its constructor's arguments are those of `name`, with depths of 2 (or its own), the smallest image of 64, 96, 128
     or 224 pixels and its own, and channels by the family's own rule, as narrow as can be on a grid of quarters or else
-    of halves. Its weights are random, none of them idle.
+    of halves. Where neither goes, it keeps its channels, and has the smallest and the full width of `grid`. Its weights
+    are random, none of them idle.
 
     Raises ValueError when the architecture belongs to no family, or cannot be sliced.
     """
@@ -50,10 +51,14 @@ def small_model(name: str, seed: int = 0) -> tuple[ElasticModel, Tensor]:
     classes = {"num_classes": _CLASSES} if "num_classes" in known else {}
     own = full.pretrained_cfg["input_size"]
     problem, runs = "no width of it can be halved", False
-    for deepest, grid, scale in product(_DEEPEST, _GRIDS, _SCALES):
+    tried = list(product(_DEEPEST, map(WidthGrid.parse, _GRIDS), _SCALES))
+    if grid is not None:
+        smallest = WidthGrid.parse(grid).smallest
+        tried.append((_DEEPEST[0], WidthGrid(smallest, FULL, FULL - smallest), FULL))
+    for deepest, widths, scale in tried:
         try:
             narrow = full._narrow_arguments(scale)
-            full._narrow_arguments(scale * WidthGrid.parse(grid).smallest)
+            full._narrow_arguments(scale * widths.smallest)
         except ValueError as error:
             problem = str(error)
             continue
@@ -73,7 +78,7 @@ def small_model(name: str, seed: int = 0) -> tuple[ElasticModel, Tensor]:
             runs = runs or deepest == _DEEPEST[0]
             try:
                 model = ElasticModel(skeletons.materialise(module), "1:1:1", model_args=arguments).eval()
-                model.grid = WidthGrid.parse(grid)  # set_grid would look for another one, which takes long
+                model.grid = widths  # set_grid would look for another one, which takes long
                 for width in model.widths:
                     model.skeleton(width)
             except UNBUILDABLE as error:
@@ -86,10 +91,10 @@ def small_model(name: str, seed: int = 0) -> tuple[ElasticModel, Tensor]:
     raise ValueError(f"{name} has no small model: {problem}")
 
 
-def prove(name: str) -> str | None:
-    """Both proofs on a small model of timm's architecture `name`: what is wrong, or None."""
+def prove(name: str, grid: str | None = None) -> str | None:
+    """Both proofs on a small model of timm's architecture `name`, on `grid` if need be: what is wrong, or None."""
     try:
-        model, images = small_model(name)
+        model, images = small_model(name, grid=grid)
     except ValueError as error:
         return str(error)
     return stock_difference(model, images) or structure_difference(model, images)

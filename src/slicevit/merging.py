@@ -41,8 +41,9 @@ class MergedTokens(nn.Module):
         super().__init__()
         _check(model)
         depth = len(model.blocks)  # type: ignore[arg-type]
-        self.merged = (merged,) * depth if isinstance(merged, int) else tuple(merged)
-        if len(self.merged) != depth or min(self.merged, default=0) < 0:
+        self.merged = tuple(merged) if isinstance(merged, Sequence) else (merged,) * depth
+        whole = all(isinstance(pairs, int) and pairs >= 0 for pairs in self.merged)
+        if len(self.merged) != depth or not whole:
             raise ValueError(f"merged={merged}: give a number of 0 or more, or one for each of the {depth} blocks")
         self._model: Any = model
         self.eval()

@@ -79,9 +79,17 @@ def test_batches_are_tensors(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda found: found.pop("categories"), r"not as COCO's \(KeyError\('categories'\)\)"),
-        (lambda found: found["annotations"][0].update(category_id=4), r"not as COCO's \(KeyError\(4\)\)"),
+        (
+            lambda found: found["annotations"][0].update(category_id=4),
+            r"category_id 4 of annotation \S+ is not in its lists",
+        ),
+        (
+            lambda found: found["annotations"][0].update(image_id="0"),
+            "image_id '0' of annotation .* is not in its lists",
+        ),
+        (lambda found: found["annotations"].clear(), "has no boxes"),
         (lambda found: found["annotations"][0].update(bbox=[1, 2, 3]), "not as COCO's"),
-        (lambda found: found["images"].clear(), "names no images"),
+        (lambda found: found.update(images=[], annotations=[]), "names no images"),
     ],
 )
 def test_broken_annotations(change: Callable[[dict[str, Any]], Any], said: str, tmp_path: Path) -> None:

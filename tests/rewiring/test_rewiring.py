@@ -221,3 +221,12 @@ def test_what_does_not_go_is_refused() -> None:
     alone = VisionTransformer(**TINY)
     with pytest.raises(ValueError, match="give images"):
         rewire(slicevit.ElasticModel(alone, "1/2:1:1/2", model_args=TINY), {})
+
+
+def test_statistics_of_narrow_widths_are_dropped() -> None:
+    """They are of the channels that a narrow width had before."""
+    model, batch = small_model("mobilenetv2_100")
+    model.requires_grad_(True)
+    assert model.is_calibrated("1/2")
+    rewire(model, measure_importance(model, [batch]), images=batch)
+    assert not model.is_calibrated("1/2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -115,7 +116,10 @@ def test_an_unknown_flag(command: str, refused: Refused, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("command", ["eval", "report", "export", "import"])
 def test_a_command_without_its_arguments(command: str, refused: Refused) -> None:
-    assert refused(command)
+    told = refused(command)
+    assert "(required)" in told or command == "report"
+    assert not re.search("---|──", told)
+    assert told.count("--help") <= 1
 
 
 # --- train -----------------------------------------------------------------------------------------------
@@ -248,6 +252,19 @@ def test_resume_of_nothing(refused: Refused, tmp_path: Path) -> None:
     assert "odd" in refused("train", "--resume", tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
     assert "--resume" in refused("train", "--resume")
+
+
+@pytest.mark.parametrize("kind", ["init", "teacher"])
+def test_resume_where_the_source_is_gone(kind: str, run: Path, data: Path, refused: Refused, tmp_path: Path) -> None:
+    """The folder was named from where the first command ran."""
+    source, second = tmp_path / "source", tmp_path / "second"
+    shutil.copytree(run, source)
+    given = ["--data", str(data), "--out", str(second), "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+    main(["train", *(given if kind == "init" else flags(data, second)), f"--{kind}", "source"])
+    source.rename(tmp_path / "moved")
+    assert f"was begun with --{kind} {source}, which is not there" in refused("train", "--resume", second)
+    (tmp_path / "moved").rename(source)
+    main(["train", "--resume", str(second)])
 
 
 def test_resume_takes_no_other_flags(run: Path, refused: Refused) -> None:

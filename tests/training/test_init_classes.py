@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -48,6 +49,12 @@ def test_the_slicing_is_that_of_the_run_unless_it_is_given(tmp_path: Path) -> No
     config = _parse_train([*init, "--grid", "1/2:1:1/8", "--layout", "flat", "--method", "usnet"], None)
     assert (config.grid, config.layout, config.attn_scale) == ("1/2:1:1/8", "flat", "full")
     assert config.slice_settings()["isolation"] == METHODS["usnet"].isolation != own["isolation"]
+
+
+@pytest.mark.parametrize("flags", [["--model", "vit_small_patch16_224"], ["--model-args", "depth=3"]])
+def test_another_model_than_the_runs_is_refused(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} (is|are) for --init scratch or pretrained"):
+        _parse_train(["--data", "DATA", "--init", str(tmp_path), *flags], None)
 
 
 def test_the_grid_of_a_model_of_one_width_is_not_taken(tmp_path: Path) -> None:

@@ -213,6 +213,29 @@ def test_eval_of_all_widths(run: Path, data: Path, capsys: pytest.CaptureFixture
     assert (run / "results.csv").read_bytes() == untouched
 
 
+def test_eval_with_merged_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer multiply-accumulates at the same parameters, and the results of the run stay as they were."""
+    before = (run / "results.csv").read_bytes()
+    cli.main(["eval", str(run), "--width", "1/2", "--device", "cpu"])
+    whole = capsys.readouterr().out
+    cli.main(["eval", str(run), "--width", "1/2", "--merged", "1", "--device", "cpu"])
+    merged = capsys.readouterr().out
+    assert "1 pair of tokens merged in every block" in " ".join(merged.split())
+    (parameters, macs), (same, fewer) = (_costs(text) for text in (whole, merged))
+    assert same == parameters
+    assert fewer < macs
+    assert (run / "results.csv").read_bytes() == before
+    with pytest.raises(SystemExit):
+        cli.main(["eval", str(run), "--merged", "-1", "--device", "cpu"])
+    assert "--merged must not be negative" in capsys.readouterr().err
+
+
+def _costs(screen: str) -> tuple[float, float]:
+    (line,) = [line for line in screen.splitlines() if re.match(r"\W*1/2\s", line)]
+    parameters, macs = (float(cell) for cell in re.findall(r"\d+\.\d+", line)[:2])
+    return parameters, macs
+
+
 def test_eval_of_one_width(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "results.csv").read_bytes()
     (row,) = [row for row in rows_of(run / "results.csv") if row["width"] == "1/2"]

@@ -10,8 +10,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from slicevit.checkpoint import KINDS, SEGMENTATION, task_of
 from slicevit.cli.options import parse
-from slicevit.evaluation.calibrating import BATCH, IMAGES, calibrate_run
+from slicevit.evaluation.calibrating import BATCH, IMAGES, Source, calibrate_saved, open_classifier
 from slicevit.training.methods import is_separate
 from slicevit.training.ranks import pick_device
 
@@ -26,7 +27,7 @@ class CalibrateArgs:
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder, or any folder that slicevit saved."""
     data: str | None = None
-    """Another data set than the run's own; as in train."""
+    """Another data set than the run's own; as in train, segment or detect."""
     data_root: str | None = None
     """Where a timm dataset string finds its files."""
     width: str | None = None
@@ -49,16 +50,30 @@ def run(arguments: list[str]) -> None:
     args = parse(CalibrateArgs, arguments, "calibrate")
     if is_separate(args.run):
         raise ValueError(f"{args.run} trained each width alone: each has statistics of its own")
-    options = {name: value for name, value in vars(args).items() if name not in ("width", "device")}
+    source = _source(args)
+    options = {
+        name: value for name, value in vars(args).items() if name not in ("data", "data_root", "width", "device")
+    }
     options |= {"widths": () if args.width is None else (args.width,), "device": pick_device(args.device)}
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=args.images)
-        widths, seen = calibrate_run(**options, progress=lambda done: bar.advance(task, done))
+        widths, seen = calibrate_saved(**options, source=source, progress=lambda done: bar.advance(task, done))
     named = ", ".join(map(str, widths))
     console.print(
         f"{args.run}: BatchNorm statistics of {named} from {seen} images; slicevit eval {args.run} measures them",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _source(args: CalibrateArgs) -> Source:
+    task = task_of(args.run)
+    if task is None:
+        return open_classifier(args.run, args.data, args.data_root)
+    if args.data_root is not None:
+        raise ValueError(f"--data-root is for classifiers: {args.run} is a {KINDS[task]}")
+    from slicevit.tasks.calibrate import open_detector, open_segmenter
+
+    return (open_segmenter if task == SEGMENTATION else open_detector)(args.run, args.data)

@@ -31,6 +31,8 @@ class EvalArgs:
     """Where a timm dataset string finds its files."""
     width: str | None = None
     """One width, such as 1/2; a width that was not trained is evaluated and labelled so."""
+    merged: int = 0
+    """Merge so many pairs of tokens in every block: less work, no training (ViTs). Its results are not written."""
     batch_size: int | None = None
     """Images a step, 500 unless told; segmenters and detectors take them one by one."""
     workers: int = 0
@@ -56,7 +58,9 @@ def _classifier(args: EvalArgs) -> tuple[Table, bool]:
 
     given = {name: value for name, value in vars(args).items() if name != "batch_size" or value is not None}
     rows, saved = evaluate_run(**given)
-    return results_table(rows, str(args.run)), saved
+    pairs = f"{args.merged} pair{'s' * (args.merged > 1)} of tokens"
+    title = f"{args.run}, {pairs} merged in every block" if args.merged else str(args.run)
+    return results_table(rows, title), saved
 
 
 def _segmenter(args: EvalArgs) -> tuple[Table, bool]:
@@ -78,8 +82,8 @@ def _detector(args: EvalArgs) -> tuple[Table, bool]:
 def _shared(args: EvalArgs) -> dict[str, Any]:
     """The options that models of every task have. Raises ValueError when another is given."""
     options = dict(vars(args))
-    for name in ("data_root", "batch_size"):
-        if options.pop(name) is not None:
+    for name in ("data_root", "batch_size", "merged"):
+        if options.pop(name):
             kind = KINDS[task_of(args.run) or ""]
             raise ValueError(f"--{name.replace('_', '-')} is for classifiers: {args.run} is a {kind}")
     return options

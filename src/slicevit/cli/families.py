@@ -57,16 +57,16 @@ def run(arguments: list[str]) -> None:
             console.print(f"{sliceable} of {counted} ({sliceable / counted:.1%}) of {', '.join(COUNTED)}: sliceable")
     wrong = sorted(model for model, proof in proofs.items() if proof != "exact")
     if wrong:
-        raise ValueError(f"not proven: {', '.join(wrong)}")
+        raise ValueError("not proven: " + "; ".join(f"{model} ({proofs[model]})" for model in wrong))
 
 
 def _proofs(found: list[Architecture], progress: Console) -> Iterable[tuple[str, str]]:
     """(class, "exact" or what is wrong) of every class that is sliceable, by one of its names."""
     from slicevit.exactness import prove
 
-    names = representatives(found)
+    names, grids = representatives(found), {entry.name: entry.grid for entry in found}
     for model, name in track(names.items(), "small models", console=progress, transient=True):
-        yield model, prove(name) or "exact"
+        yield model, prove(name, grids[name]) or "exact"
 
 
 def _by_class(found: list[Architecture], proofs: dict[str, str]) -> Table:

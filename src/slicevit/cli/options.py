@@ -9,6 +9,7 @@ import io
 import os
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -31,9 +32,10 @@ def parse(kind: type[T], arguments: list[str], command: str, **options: Any) -> 
     except SystemExit as stop:
         if not stop.code:
             raise
-    said = [line.strip("│╭╰─╯╮ ").strip() for line in refused.getvalue().splitlines()]
-    rule = next((index for index, line in enumerate(said[1:], 1) if not line), len(said))
-    sentence = re.sub(r"^Error parsing \w+: ", "", " ".join(said[1:rule])) or "its options cannot be read"
+    said = [line.strip("│╭╰─╯╮ ") for line in refused.getvalue().splitlines()[1:]]  # in a box, after its title
+    said = [line for line in said if line.strip("-")]  # where the terminal has no box, rules are dashes
+    end = next((index for index, line in enumerate(said) if line.startswith("For full helptext")), len(said))
+    sentence = re.sub(r"^Error parsing \w+: ", "", " ".join(said[:end])) or "its options cannot be read"
     raise ValueError(f"{sentence} (slicevit {command} --help lists the options)")
 
 
@@ -73,12 +75,14 @@ def take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[s
 
 
 def take_backbone(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The --model-args of a backbone, and the other arguments. Raises ValueError for --model beside a folder."""
-    model_args, arguments = take_model_args(arguments)
-    init, _ = take_option(arguments, "--init")
-    if gives(arguments, "--model") and init not in (None, "scratch", "pretrained"):
-        raise ValueError(f"--model is for --init scratch or pretrained: {init} has its own")
-    return model_args or {}, arguments
+    """The --model-args, and the other arguments. Raises ValueError for one of --model and them beside a saved model."""
+    model_args, rest = take_model_args(arguments)
+    init, _ = take_option(rest, "--init")
+    if init not in (None, "scratch", "pretrained") and not Path(init).is_file():
+        for flag, are in (("--model", "is"), ("--model-args", "are")):
+            if gives(arguments, flag):
+                raise ValueError(f"{flag} {are} for --init scratch or pretrained: {init} has its own")
+    return model_args or {}, rest
 
 
 def _key_values(text: list[str]) -> dict[str, Any]:

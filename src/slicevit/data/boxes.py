@@ -64,21 +64,29 @@ class BoxSet(ImageSet):
             raise ValueError(f"--data {folder}: {self._images} is no folder; the layout {layout} keeps {split} there")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            images = {image["id"]: str(image["file_name"]) for image in found["images"]}
             ids = sorted((int(kind["id"]), str(kind["name"])) for kind in found["categories"])
             numbers = {kind: number for number, (kind, _) in enumerate(ids)}
             boxes: dict[Any, list[tuple[float, ...]]] = defaultdict(list)
             for one in found["annotations"]:
                 left, top, width, height = map(float, one["bbox"])
+                for key, known in (("image_id", images), ("category_id", numbers)):
+                    if one[key] not in known:
+                        raise ValueError(f"{key} {one[key]!r} of annotation {one.get('id')!r} is not in its lists")
                 label, crowd = numbers[one["category_id"]], bool(one.get("iscrowd", 0))
                 boxes[one["image_id"]].append((label, left, top, left + width, top + height, crowd))
-            self._files = [str(image["file_name"]) for image in found["images"]]
-            self._boxes = [np.array(boxes[image["id"]], np.float32).reshape(-1, 6) for image in found["images"]]
+            self._files = list(images.values())
+            self._boxes = [np.array(boxes[image], np.float32).reshape(-1, 6) for image in images]
         except FileNotFoundError:
             raise ValueError(f"--data {folder}: there is no {path}, which says where the boxes are") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"--data {folder}: {path} is not as COCO's ({error!r})") from None
+        except ValueError as error:
+            raise ValueError(f"--data {folder}: {path} is not as COCO's: {error}") from None
         if not self._files:
             raise ValueError(f"--data {folder}: {path} names no images")
+        if not any(map(len, self._boxes)):
+            raise ValueError(f"--data {folder}: {path} has no boxes")
         super().__init__(str(folder), split, in_chans, [kind for _, kind in ids], len(ids))
         self._most = max(1, *map(len, self._boxes))
 

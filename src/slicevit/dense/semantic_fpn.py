@@ -9,11 +9,14 @@ Legend of axis names: B images, K classes, H, W of the finest level.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+
+from slicevit.widths import WidthGrid
 
 GROUP = 4  # channels
 STRIDES = (4, 8, 16, 32)
@@ -24,6 +27,17 @@ def group_norm(channels: int) -> nn.GroupNorm:
     if channels % GROUP:
         raise ValueError(f"{channels} channels of the decoder do not divide into groups of {GROUP}")
     return nn.GroupNorm(channels // GROUP, channels)
+
+
+def check_groups(flag: str, channels: int, grid: WidthGrid, parts: int) -> None:
+    """Raises ValueError naming `flag` where a width's `channels`, divided by `parts`, are not groups of `GROUP`."""
+    least = lcm(*(GROUP * parts * width.denominator for width in grid))
+    for width in grid:
+        if channels * width % (GROUP * parts):
+            raise ValueError(
+                f"{flag} {channels} does not go with the grid {grid}: at width {width} its norms have no whole groups "
+                f"of {GROUP} channels; give a multiple of {least}, or a coarser --grid"
+            )
 
 
 class SemanticFpn(nn.Module):

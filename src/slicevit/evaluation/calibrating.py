@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from slicevit.checkpoint import from_pretrained, read_config, save_weights
 from slicevit.data import ImageSet, StreamSet, Transform, eval_batches, eval_config, eval_transform, open_dataset
 from slicevit.data.subset import Subset
 from slicevit.data.transforms import PairTransform
+from slicevit.elastic import ElasticModel
 from slicevit.evaluation.widths import asked_width
 
 IMAGES, BATCH = 2048, 256
@@ -49,10 +51,38 @@ def training_batches(
         first = False
 
 
-def calibrate_run(
+class Source(NamedTuple):
+    """A saved model, and the training images that its statistics are taken from, as they are prepared for it."""
+
+    model: ElasticModel
+    images: ImageSet | StreamSet
+    transform: Transform | PairTransform
+
+
+def open_classifier(run: Path, data: str | None, data_root: str | None) -> Source:
+    """The classifier in `run`, and its training images or those of `data`. Raises ValueError for what cannot be had."""
+    config, _ = read_config(run)
+    training = config.get("slicevit", {}).get("training", {})
+    model = from_pretrained(run)
+    require_batch_norm(model, run)
+    spec = data or training.get("data")
+    if spec is None:
+        raise ValueError(f"{run} does not say which data it was trained on: name one with --data")
+    transform = eval_config(config)
+    root = data_root or training.get("data_root")
+    images = open_dataset(spec, "train", root=root, in_chans=transform.in_chans, labels=bool(model.num_classes))
+    return Source(model, images, eval_transform(transform))
+
+
+def require_batch_norm(model: ElasticModel, run: Path) -> None:
+    """Raises ValueError when the model in `run` has none."""
+    if not model.has_batch_norm:
+        raise ValueError(f"{run} has no BatchNorm: its widths need no statistics")
+
+
+def calibrate_saved(
     run: Path,
-    data: str | None,
-    data_root: str | None,
+    source: Source,
     widths: tuple[str, ...],
     images: int,
     batch_size: int,
@@ -64,25 +94,17 @@ def calibrate_run(
 ) -> tuple[list[Fraction], int]:
     """Calibrate `widths` (by default all) of the model in `run` and save it; returns them and how many images it took.
 
-    Raises ValueError for a run, data set, width or number that cannot be had; the run is then as it was.
+    Raises ValueError for images, a width or a number that cannot be had; the run is then as it was.
     """
     for name, value in (("images", images), ("batch-size", batch_size)):
         if value < 2:
             raise ValueError(f"--{name} must be above 1, got {value}")
-    config, _ = read_config(run)
-    training = config.get("slicevit", {}).get("training", {})
-    model = from_pretrained(run)
-    if not model.has_batch_norm:
-        raise ValueError(f"{run} has no BatchNorm: its widths need no statistics")
-    spec = data or training.get("data")
-    if spec is None:
-        raise ValueError(f"{run} does not say which data it was trained on: name one with --data")
-    transform = eval_config(config)
-    root = data_root or training.get("data_root")
-    dataset = open_dataset(spec, "train", root=root, in_chans=transform.in_chans, labels=bool(model.num_classes))
-    batches = training_batches(dataset, eval_transform(transform), images, batch_size, workers, max_bad_share, seed)
+    model = source.model
+    batches = training_batches(source.images, source.transform, images, batch_size, workers, max_bad_share, seed)
     legal = [asked_width(model, width) for width in widths] or list(model.widths)
     model.to(device)
-    seen = calibrate(model, batches, legal, progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of crops, where images have to be cut to one size
+        seen = calibrate(model, batches, legal, progress)
     save_weights(model.to("cpu"), run)
     return legal, seen

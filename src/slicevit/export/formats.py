@@ -137,7 +137,7 @@ def _source(cut: Cut, opened: Opened) -> _Source:
         width, name = opened.model.width(cut.width), str(parse_fraction(cut.name))
     except ValueError as error:
         raise ValueError(f"--width {cut.name}: {error}") from None
-    require_statistics(opened.model, cut.run, [width], opened.task)
+    require_statistics(opened.model, cut.run, [width])
     return _Source(cut, opened, width, name)
 
 

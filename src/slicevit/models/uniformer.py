@@ -253,5 +253,5 @@ def uniformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def uniformer_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """UniFormer-XS: 16.5 M parameters, 1.4 GMACs at 192 x 192 pixels and 2.0 at 224 x 224; halves its tokens."""
+    """UniFormer-XS: 16.5 M parameters, 1.4 GMACs at 192 x 192 pixels and 1.9 at 224 x 224; halves its tokens."""
     return _create(HourglassUniFormer, "uniformer_xs", pretrained, **kwargs)

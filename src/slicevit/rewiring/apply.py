@@ -34,6 +34,9 @@ def rewire(model: ElasticModel, importance: Importance, how: How = "permute", im
             measured, and is called again here. It covers plain ViTs with LayerNorms.
         images: (B, C, H, W), to compare the answers before and after; two random ones of the model's size by default.
 
+    BatchNorm statistics of narrow widths are dropped, for they are of other channels; `slicevit.calibrate` makes new
+    ones.
+
     Raises ValueError, and leaves the model as it was, when its full width answers otherwise afterwards, which is so
     for a family whose channels are tied in a way that is not covered, or when `importance` is of another model.
     """
@@ -58,6 +61,7 @@ def rewire(model: ElasticModel, importance: Importance, how: How = "permute", im
     except Exception:
         _restore(model, kept)
         raise
+    model.forget_statistics()
 
 
 @torch.no_grad()

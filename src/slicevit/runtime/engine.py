@@ -81,7 +81,7 @@ class Engine:
         settings = _settings(engine, device, precision, threads, memory_limit)
         self.opened = opened = open_model(run)
         model = opened.model
-        require_statistics(model, run, task=opened.task)
+        require_statistics(model, run)
         self.name, self.device, self.precision = engine, settings.device, settings.precision
         self.threads, self.packages = threads, _BACKENDS[engine].packages
         self.task, self.figure, self.architecture = opened.task, opened.figure, opened.architecture

@@ -8,9 +8,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from slicevit.checkpoint import KINDS, from_pretrained, read_config
+from slicevit.costs import model_input_size
 from slicevit.elastic import ElasticModel
 from slicevit.families import Layout
 from slicevit.files import write_text
@@ -88,7 +90,7 @@ def fitted_arguments(config: Config, source: ElasticModel) -> dict[str, Any]:
 
     Raises ValueError when it cannot be.
     """
-    arguments = {name: value for name, value in source.model_args.items() if name not in ("num_classes", "img_size")}
+    arguments = {name: value for name, value in source.model_args.items() if name != "num_classes"}
     if hasattr(source._full, "set_input_size"):
         try:
             source.set_input_size(img_size=config.size)
@@ -106,6 +108,27 @@ def load(backbone: nn.Module, source: ElasticModel, width: Fraction, config: Con
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"--init {config.init}: its weights do not fit images of --size ({reason})") from None
+
+
+def try_size(model: ElasticModel, source: ElasticModel, config: Config) -> None:
+    """Let `model`, whose backbone is that of `source`, answer one black image of --size; it is in eval mode afterwards.
+
+    Raises ValueError when it cannot, because the backbone is tied to another size.
+    """
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *model.image_shape))
+    except Exception as error:  # timm's models assert, or fail in their middle
+        reason = " ".join((str(error) or type(error).__name__).split())[:120]
+        built = " ".join(map(str, model_input_size(source)[1:]))
+        advice = f"give the size that it was built for, --size {built}"
+        if config.init in (_SCRATCH, _PRETRAINED):
+            advice += ", or build it for this one with --model-args img_size"
+        size = " ".join(map(str, config.size))
+        raise ValueError(
+            f"--size {size} does not go with {type(source._full).__name__} ({reason})"
+            + (f": {advice}" if size != built else "")
+        ) from None
 
 
 def describe(folder: Path, task: str, recipe: Any, config: Any) -> None:

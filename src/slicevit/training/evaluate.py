@@ -28,20 +28,24 @@ def evaluate_run(
     workers: int = 0,
     max_bad_share: float = 0.01,
     device: str = "auto",
+    merged: int = 0,
 ) -> tuple[list[WidthResult], bool]:
     """Rows for every legal width, or for one, and whether they were written into the run's results.
 
-    Only a whole evaluation on the run's own data is written. A `width` off the grid is evaluated and labelled
-    as not trained. Raises ValueError for a folder, data set or width that cannot be had.
+    Only a whole evaluation on the run's own data, without merged tokens, is written. A `width` off the grid is
+    evaluated and labelled as not trained. With `merged` so many pairs of tokens are merged in every block. Raises
+    ValueError for a folder, data set or width that cannot be had.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be above 0, got {batch_size}")
-    options = (data, data_root, batch_size, workers, max_bad_share, device)
+    if merged < 0:
+        raise ValueError(f"--merged must not be negative, got {merged}")
+    options = (data, data_root, batch_size, workers, max_bad_share, device, merged)
     if is_separate(run):
         rows = _separate_rows(run, width, *options)
     else:
         rows = _rows(run, width, *options)
-    own = data is None and width is None
+    own = data is None and width is None and not merged
     if own:
         write_results(run, rows)
         show_results(run, rows)
@@ -68,6 +72,7 @@ def _rows(
     workers: int,
     max_bad_share: float,
     device: str,
+    merged: int,
 ) -> list[WidthResult]:
     config, _ = read_config(run)
     training = config.get("slicevit", {}).get("training", {})
@@ -91,6 +96,6 @@ def _rows(
         raise ValueError(f"--data {spec} has {dataset.num_classes} classes and the model in {run} {model.num_classes}")
     model.to(pick_device(device))
     batches = eval_batches(dataset, eval_transform(transform), batch_size, workers, max_bad_share)
-    scores = measure_accuracy(model, widths, batches)
-    latency = measure_widths_latency(model, widths, LATENCY_SECONDS)
-    return result_rows(model, scores, latency, transform, training.get("method", "imported"), trained)
+    scores = measure_accuracy(model, widths, batches, merged=merged)
+    latency = measure_widths_latency(model, widths, LATENCY_SECONDS, merged)
+    return result_rows(model, scores, latency, transform, training.get("method", "imported"), trained, merged)

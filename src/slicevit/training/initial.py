@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from timm.models import load_state_dict
 from torch import Tensor
@@ -12,6 +13,8 @@ from slicevit.checkpoint import read_config
 from slicevit.elastic import ElasticModel
 from slicevit.training.config import TrainConfig
 from slicevit.widths import WidthGrid
+
+C = TypeVar("C")
 
 _SLICING = ("layout", "attn_scale", "norm_eps", "heads")
 _OF_THE_METHOD = ("isolation", "scope")
@@ -31,6 +34,25 @@ def with_slicing_of(config: TrainConfig, init: str, own_method: bool) -> TrainCo
     if grid is not None and len(WidthGrid.parse(grid)) > 1:
         taken["grid"] = grid
     return replace(config, model=saved.get("architecture", config.model), model_args={}, **taken)
+
+
+def located(config: C) -> C:
+    """`config` with whole paths of `init` and `teacher` where they lie on this disk: it may be resumed elsewhere."""
+    return replace(config, **{name: str(path.resolve()) for name, path in _on_disk(config) if path.exists()})
+
+
+def require_sources(config: Any, folder: Path) -> None:
+    """Raises ValueError when what the run in `folder` began with, `init` or `teacher`, is not there any more."""
+    for name, path in _on_disk(config):
+        if path.is_absolute() and not path.exists():
+            raise ValueError(
+                f"{folder} was begun with --{name} {path}, which is not there any more: put it back, and resume again"
+            )
+
+
+def _on_disk(config: Any) -> list[tuple[str, Path]]:
+    named = {name: getattr(config, name, None) for name in ("init", "teacher")}
+    return [(name, Path(value)) for name, value in named.items() if value not in (None, "scratch", "pretrained")]
 
 
 def image_channels(config: TrainConfig) -> int:

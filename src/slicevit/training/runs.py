@@ -21,7 +21,7 @@ from slicevit.files import write_text
 from slicevit.model_card import show_results
 from slicevit.training.config import TrainConfig, from_dict
 from slicevit.training.fits import FITS, FitResult, Rows, are_fits, read_fits, write_fits
-from slicevit.training.initial import image_channels
+from slicevit.training.initial import image_channels, located, require_sources
 from slicevit.training.loop import Run
 from slicevit.training.methods import SEPARATE, part_folder
 from slicevit.training.ranks import Ranks, join
@@ -37,7 +37,7 @@ def start(config: TrainConfig, folder: Path, console: Console | None = None) -> 
     """
     ranks = join(config.device)
     ranks.from_main(lambda: check_new(folder))
-    return _train(config, folder, console or Console(), ranks)
+    return _train(located(config), folder, console or Console(), ranks)
 
 
 def check_new(folder: Path) -> None:
@@ -56,6 +56,7 @@ def resume(folder: Path, console: Console | None = None) -> Rows:
     here = (folder / "config.json").exists()  # not on every machine, where they share no disk
     ranks = join(read_train_config(folder).device if here else "auto")
     config = ranks.from_main(lambda: read_train_config(folder))
+    ranks.from_main(lambda: require_sources(config, folder))
     return _train(config, folder, console or Console(), ranks)
 
 

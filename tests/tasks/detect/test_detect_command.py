@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     [
         (("--data", "nowhere"), "--data nowhere: nowhere/train is no folder"),
         (("--size", "64", "60"), "--size must be multiples of 32, got 64 60"),
-        (("--channels", "18"), "channels of the decoder do not divide into groups of 4"),
+        (("--channels", "18"), "--channels 18 does not go with the grid 1/2:1:1/2"),
         (("--channels", "0"), "--channels must be above 0"),
         (("--init", "nowhere"), "--model is for --init scratch or pretrained"),
         (("--eval-split", "test"), "test is no folder"),
@@ -139,6 +139,20 @@ def test_what_cannot_be_is_said_in_one_sentence(
         detect(tmp_path / "run", *flags)
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_statistics_are_taken_anew(data: Path, detect: Detect, tmp_path: Path) -> None:
+    run, hybrid = tmp_path / "run", ("--model", "swiftformer_xs", "--model-args", "layers=(1,1,1,1)")
+    cli.main(["detect", "--data", str(data), "--out", str(run), *FLAGS, *hybrid, "--epochs", "0.2"])
+    model, _ = load_detector(run)
+    made = model.statistics("1/2")
+    (run / "statistics.safetensors").unlink()
+    cli.main(["calibrate", str(run), "--images", "48"])
+    again = load_detector(run)[0].statistics("1/2")
+    assert made is not None
+    assert again is not None
+    name = next(iter(made))
+    torch.testing.assert_close(again[name]["running_mean"], made[name]["running_mean"])
 
 
 def test_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

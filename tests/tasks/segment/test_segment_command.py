@@ -46,9 +46,12 @@ def test_one_network_for_all_widths(segment: Segment, tmp_path: Path, capsys: py
 
 
 def test_a_backbone_with_batch_norm_has_statistics_of_every_width(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Made anew of the same weights they are the same ones, and they come back with the saved segmenter."""
+    """Made anew of the same weights they are the same ones, and they come back with the saved segmenter.
+
+    Without them it is refused.
+    """
     hybrid = ("--model", "swiftformer_xs", "--model-args", "layers=(1,1,1,1)", "embed_dims=(16,32,48,64)")
     short = ("--epochs", "1", "--size", "64", "64", "--drop-path", "0")
     monkeypatch.setattr("slicevit.training.loop.LATENCY_SECONDS", 0.01)
@@ -61,6 +64,14 @@ def test_a_backbone_with_batch_norm_has_statistics_of_every_width(
     name = "backbone.stem.4"
     full = dict(model.named_buffers())[f"{name}.running_mean"]
     assert not torch.allclose(narrow[name]["running_mean"], full[: len(narrow[name]["running_mean"])], atol=1e-3)  # type: ignore[arg-type]
+    run = str(tmp_path / "run")
+    (tmp_path / "run" / "statistics.safetensors").unlink()
+    assert f"slicevit calibrate {run}" in refused(capsys, lambda: cli.main(["eval", run]))
+    cli.main(["calibrate", run, "--images", "16"])
+    again = load_segmenter(tmp_path / "run")[0].statistics("1/2")
+    assert again is not None
+    torch.testing.assert_close(again[name]["running_mean"], narrow[name]["running_mean"])
+    cli.main(["eval", run])
     shown = modules_of(tmp_path / "run")
     window_1CHW = torch.randn(1, 3, *recipe.size, generator=torch.Generator().manual_seed(0))
     for width, (module, _) in shown.items():
@@ -156,7 +167,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         (("--width", "1/2"), "--width trains one width alone"),
         (("--method", "separate", "--width", "1/3"), "--width 1/3: "),
         (("--decoder-channels", "36"), "--decoder-channels must be a multiple of 8, got 36"),
-        (("--grid", "1/8:1:1/8"), "channels of the decoder do not divide into groups of 4"),
+        (("--grid", "1/8:1:1/8"), "at width 1/8 its norms have no whole groups of 4 channels; give a multiple of 64"),
         (("--num-classes", "1"), "--num-classes must lie between 2 and 255"),
         (("--init", "nowhere"), "nowhere is neither a folder nor"),
         (("--model", "vit_nonsense"), "unknown model"),
@@ -173,6 +184,20 @@ def test_what_cannot_be_is_said_in_one_sentence(
     run = tmp_path / "run"
     assert said in refused(capsys, lambda: segment(run, *flags))
     assert not (run / "model.safetensors").exists()
+
+
+def test_a_backbone_that_is_tied_to_its_size(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused at another size, and taken when it was built for it."""
+    monkeypatch.setattr("slicevit.training.loop.LATENCY_SECONDS", 0.01)
+    mixer = ("--model", "mixer_s32_224", "--size", "64", "64", "--epochs", "0.5")
+    given = ["segment", "--data", str(data), *FLAGS, *mixer]
+    told = refused(capsys, lambda: cli.main([*given, "--out", str(tmp_path / "no")]))
+    assert "--size 64 64 does not go with MlpMixer" in told
+    assert "give the size that it was built for, --size 224 224, or build it for this one" in told
+    cli.main([*given, "--out", str(tmp_path / "run"), "--model-args", "img_size=64"])
+    assert [row["width"] for row in table(tmp_path / "run")] == list(WIDTHS)
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,7 @@ def test_each_width_of_a_run_that_trained_them_alone(segment: Segment, tmp_path:
     [
         (("--data-root", "x"), "--data-root is for classifiers: "),
         (("--batch-size", "4"), "--batch-size is for classifiers: "),
+        (("--merged", "2"), "--merged is for classifiers: "),
         (("--data", "nowhere"), "--data nowhere: "),
         (("--width", "1/3"), "--width 1/3 "),
         (("--width", "wide"), "--width wide"),

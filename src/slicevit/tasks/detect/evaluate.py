@@ -39,7 +39,7 @@ def evaluate_detector(
     config = from_dict(read_entries(run, DETECTION)["training"])
     model, recipe = load_detector(run)
     widths = list(model.widths) if width is None else [asked_width(model, width)]
-    require_statistics(model, run, None if width is None else widths, DETECTION)
+    require_statistics(model, run, None if width is None else widths)
     images = BoxSet(data or config.data, config.eval_split, config.folders, recipe.in_chans)
     if tuple(images.classes or ()) != recipe.class_names:
         raise ValueError(f"--data {images.spec} has other categories than the detector in {run}")

@@ -18,6 +18,7 @@ from slicevit.checkpoint import DETECTION
 from slicevit.data.boxes import BoxSet, BoxTransformConfig, targets_of, train_box_transform
 from slicevit.data.transforms import PairTransform
 from slicevit.dense.detector import DetectorRecipe, build_detector
+from slicevit.dense.semantic_fpn import check_groups
 from slicevit.elastic import ElasticModel
 from slicevit.evaluation.detection import DetectionScore, require_coco
 from slicevit.evaluation.widths import measure_widths_latency
@@ -29,7 +30,12 @@ from slicevit.tasks.rows import width_rows
 from slicevit.training import loop, setup
 from slicevit.training.keeper import Keeper
 from slicevit.training.trackers import check_installed
-from slicevit.widths import FULL
+from slicevit.widths import FULL, WidthGrid
+
+
+def statistics_transform(size: tuple[int, int]) -> PairTransform:
+    """How images reach a detector that its BatchNorm statistics are taken of: at its `size`, nothing else."""
+    return train_box_transform(BoxTransformConfig(size))
 
 
 class DetectKeeper(Keeper):
@@ -94,7 +100,7 @@ class DetectRun(loop.Run):
         return all(bool(maps.isfinite().all()) for answer in answers for maps in answer.values())
 
     def _statistics_transform(self) -> PairTransform:
-        return train_box_transform(BoxTransformConfig(self.recipe.size))
+        return statistics_transform(self.recipe.size)
 
     def _evaluate(self) -> dict[str, DetectionScore]:
         model, config = self.evaluated, self.config
@@ -114,6 +120,8 @@ def begin(config: DetectConfig) -> tuple[ElasticModel, DetectorRecipe, BoxSet, B
     """
     torch.manual_seed(config.seed)
     source = backbones.source_of(config)
+    assert config.grid is not None
+    check_groups("--channels", config.channels, WidthGrid.parse(config.grid), 1)
     arguments = backbones.fitted_arguments(config, source)
     images = setup.transform_config(config.training(), source)
     train_set, val_set = (
@@ -121,7 +129,6 @@ def begin(config: DetectConfig) -> tuple[ElasticModel, DetectorRecipe, BoxSet, B
     )
     if train_set.classes != val_set.classes:
         raise ValueError(f"--data {config.data}: train and {config.eval_split} have other categories")
-    assert config.grid is not None
     assert train_set.classes is not None
     recipe = DetectorRecipe(
         backbone=source.pretrained_cfg["architecture"],
@@ -139,6 +146,7 @@ def begin(config: DetectConfig) -> tuple[ElasticModel, DetectorRecipe, BoxSet, B
     )
     model = build_detector(recipe)
     backbones.load(model.backbone.body, source, FULL, config)
+    backbones.try_size(model, source, config)
     return model.train(), recipe, train_set, val_set
 
 

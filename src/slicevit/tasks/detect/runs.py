@@ -12,6 +12,7 @@ from slicevit.evaluation.results import write_rows
 from slicevit.tasks.detect.config import DetectConfig, from_dict
 from slicevit.tasks.detect.results import DetectResult
 from slicevit.tasks.detect.run import DetectRun, resolved
+from slicevit.training.initial import located, require_sources
 from slicevit.training.ranks import Ranks, join
 from slicevit.training.runs import check_new
 from slicevit.training.signals import StopRequest
@@ -24,7 +25,7 @@ def start(config: DetectConfig, folder: Path, console: Console | None = None) ->
     """
     ranks = join(config.device)
     ranks.from_main(lambda: check_new(folder))
-    return _train(resolved(config), folder, console, ranks)
+    return _train(located(resolved(config)), folder, console, ranks)
 
 
 def resume(folder: Path, console: Console | None = None) -> list[DetectResult]:
@@ -34,7 +35,9 @@ def resume(folder: Path, console: Console | None = None) -> list[DetectResult]:
     """
     here = (folder / "config.json").exists()  # not on every machine, where they share no disk
     ranks = join(read_config(folder).device if here else "auto")
-    return _train(ranks.from_main(lambda: read_config(folder)), folder, console, ranks)
+    config = ranks.from_main(lambda: read_config(folder))
+    ranks.from_main(lambda: require_sources(config, folder))
+    return _train(config, folder, console, ranks)
 
 
 def read_config(folder: Path) -> DetectConfig:

@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 
 from slicevit.calibration import require_statistics
-from slicevit.checkpoint import SEGMENTATION
 from slicevit.data import ImageSet, StreamSet, eval_batches
 from slicevit.data.masks import MaskSet, eval_pair_transform
 from slicevit.dense.saved import Recipe, load_segmenter, read_segmenter
@@ -63,7 +62,7 @@ def _rows(
 ) -> list[SegmentResult]:
     model, recipe = load_segmenter(run)
     widths = list(model.widths) if width is None else [asked_width(model, width)]
-    require_statistics(model, run, None if width is None else widths, SEGMENTATION)
+    require_statistics(model, run, None if width is None else widths)
     images = MaskSet(config.data, config.eval_split, recipe.num_classes, config.folders, recipe.in_chans)
     model.to(pick_device(device))
     scores = measure_masks(model, widths, recipe, images, workers, max_bad_share)

@@ -10,6 +10,7 @@ from torch import nn
 
 from slicevit.checkpoint import SEGMENTATION
 from slicevit.dense.saved import Recipe, build, load_segmenter, read_segmenter
+from slicevit.dense.semantic_fpn import check_groups
 from slicevit.elastic import ElasticModel
 from slicevit.tasks import backbones
 from slicevit.tasks.segment.config import SegmentConfig
@@ -41,9 +42,12 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         legal = source.width(cut)
     except ValueError as error:
         raise ValueError(f"--width {config.width}: {error}") from None
+    assert config.grid is not None
+    grid = config.grid if cut is None else "1:1:1"
+    if config.decoder == "fpn":
+        check_groups("--decoder-channels", config.decoder_channels, WidthGrid.parse(grid), 2)
     arguments = backbones.fitted_arguments(config, source)
     images = setup.transform_config(config.training(), source)
-    assert config.grid is not None
     recipe = Recipe(
         backbone=source.pretrained_cfg["architecture"],
         backbone_args=arguments,
@@ -51,7 +55,7 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
         size=config.size,
         channels=config.decoder_channels,
         num_classes=config.num_classes,
-        grid=config.grid if cut is None else "1:1:1",
+        grid=grid,
         settings=asdict(source.settings),
         in_chans=images.in_chans,
         mean=images.mean,
@@ -61,6 +65,7 @@ def begin(config: SegmentConfig) -> tuple[ElasticModel, Recipe]:
     )
     model = build(recipe)
     backbones.load(model.backbone, source, legal, config)
+    backbones.try_size(model, source, config)
     return model.train(), recipe
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from slicevit import checkpoint
-from slicevit.data.masks import MaskSet, train_pair_transform
+from slicevit.data.masks import MaskSet, MaskTransformConfig, train_pair_transform
 from slicevit.data.transforms import PairTransform
 from slicevit.evaluation.segmentation import SegmentationScore
 from slicevit.evaluation.widths import measure_widths_latency
@@ -22,6 +22,11 @@ from slicevit.training.keeper import Keeper
 from slicevit.training.objectives import Objective
 from slicevit.training.pixels import PixelObjective
 from slicevit.training.trackers import check_installed
+
+
+def statistics_transform(pairs: MaskTransformConfig) -> PairTransform:
+    """How images reach a segmenter that its BatchNorm statistics are taken of: crops of chance place, nothing else."""
+    return train_pair_transform(replace(pairs, scale=(1.0, 1.0), hflip=0.0, color_jitter=0.0))
 
 
 class SegmentKeeper(Keeper):
@@ -73,7 +78,7 @@ class SegmentRun(loop.Run):
         return (self.recipe.in_chans, *self.recipe.size)
 
     def _statistics_transform(self) -> PairTransform:
-        return train_pair_transform(replace(self.pairs, scale=(1.0, 1.0), hflip=0.0, color_jitter=0.0))
+        return statistics_transform(self.pairs)
 
     def _evaluate(self) -> dict[str, SegmentationScore]:
         model, config = self.evaluated, self.config

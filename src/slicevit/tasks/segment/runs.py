@@ -18,6 +18,7 @@ from slicevit.tasks.segment.initial import resolved
 from slicevit.tasks.segment.pictures import draw_predictions
 from slicevit.tasks.segment.results import RESULTS, SegmentResult, read_segment_results, write_segment_results
 from slicevit.tasks.segment.run import SegmentRun
+from slicevit.training.initial import located, require_sources
 from slicevit.training.methods import SEPARATE, part_folder
 from slicevit.training.ranks import Ranks, join
 from slicevit.training.runs import check_new
@@ -32,7 +33,7 @@ def start(config: SegmentConfig, folder: Path, console: Console | None = None) -
     """
     ranks = join(config.device)
     ranks.from_main(lambda: check_new(folder))
-    return _train(resolved(config), folder, console or Console(), ranks)
+    return _train(located(resolved(config)), folder, console or Console(), ranks)
 
 
 def resume(folder: Path, console: Console | None = None) -> list[SegmentResult]:
@@ -43,6 +44,7 @@ def resume(folder: Path, console: Console | None = None) -> list[SegmentResult]:
     here = (folder / "config.json").exists()  # not on every machine, where they share no disk
     ranks = join(read_config(folder).device if here else "auto")
     config = ranks.from_main(lambda: read_config(folder))
+    ranks.from_main(lambda: require_sources(config, folder))
     return _train(config, folder, console or Console(), ranks)
 
 
