@@ -6,6 +6,7 @@ Models are built with their parameters on `meta`; nothing is computed.
 from __future__ import annotations
 
 import csv
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -121,7 +122,8 @@ def _plan(
 
 
 def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or f"timm refuses it ({type(error).__name__})"
+    said = " ".join(str(error).split())[:200]
+    return said or f"timm's own check fails: {traceback.extract_tb(error.__traceback__)[-1].line}"
 
 
 def walk(pattern: str = "") -> Iterator[Architecture]:
