@@ -41,7 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def config(args: argparse.Namespace, model: str, method: str, seed: int) -> TrainConfig:
     """A run of `model` by `method`: the demo's recipe."""
-    given = {"model": model, "model_args": MODELS[model] | {"in_chans": 1}, "epochs": args.epochs, "lr": args.lr}
+    images = {"in_chans": 1, "pretrained_cfg_overlay": {"input_size": (1, 32, 32)}}
+    given = {"model": model, "model_args": MODELS[model] | images, "epochs": args.epochs, "lr": args.lr}
     quiet = {"eval_every": 10_000, "threads": 1, "device": args.device, "seed": seed, "in_memory": True}
     return replace(preset("fashion"), **(given | quiet | METHODS[method]))
 
