@@ -38,7 +38,8 @@ def with_slicing_of(config: TrainConfig, init: str, own_method: bool) -> TrainCo
 
 def located(config: C) -> C:
     """`config` with whole paths of `init` and `teacher` where they lie on this disk: it may be resumed elsewhere."""
-    return replace(config, **{name: str(path.resolve()) for name, path in _on_disk(config) if path.exists()})
+    whole = {name: str(path.resolve()) for name, path in _on_disk(config) if path.exists()}
+    return replace(config, **whole)  # type: ignore[type-var]  # of any task's configuration, all dataclasses
 
 
 def require_sources(config: Any, folder: Path) -> None:
