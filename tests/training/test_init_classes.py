@@ -51,10 +51,23 @@ def test_the_slicing_is_that_of_the_run_unless_it_is_given(tmp_path: Path) -> No
     assert config.slice_settings()["isolation"] == METHODS["usnet"].isolation != own["isolation"]
 
 
-@pytest.mark.parametrize("flags", [["--model", "vit_small_patch16_224"], ["--model-args", "depth=3"]])
-def test_another_model_than_the_runs_is_refused(flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{flags[0]} (is|are) for --init scratch or pretrained"):
-        _parse_train(["--data", "DATA", "--init", str(tmp_path), *flags], None)
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        (["--model", "vit_small_patch16_224"], "is a vit_tiny_patch16_224"),
+        (["--model-args", "depth=3"], "has depth=1"),
+        (["--model-args", "mlp_ratio=2"], "has no mlp_ratio of its own"),
+        (["--model-args", "img_size=56"], "has img_size=28"),
+    ],
+)
+def test_another_model_than_the_runs_is_refused(flags: list[str], has: str, tmp_path: Path) -> None:
+    """It is the saved one that trains; its own name and arguments may be said again."""
+    small = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    slicevit.create_model("vit_tiny_patch16_224", "1:1:1", **small).save_pretrained(tmp_path)
+    init = ["--data", "DATA", "--init", str(tmp_path)]
+    assert _parse_train([*init, *TINY], None).model == "vit_tiny_patch16_224"
+    with pytest.raises(ValueError, match=f"{flags[0]} .*{has}; leave one of them out"):
+        _parse_train([*init, *flags], None)
 
 
 def test_the_grid_of_a_model_of_one_width_is_not_taken(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import io
 import os
 import re
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -75,14 +74,12 @@ def take_model_args(arguments: list[str]) -> tuple[dict[str, Any] | None, list[s
 
 
 def take_backbone(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The --model-args, and the other arguments. Raises ValueError for one of --model and them beside a saved model."""
-    model_args, rest = take_model_args(arguments)
-    init, _ = take_option(rest, "--init")
-    if init not in (None, "scratch", "pretrained") and not Path(init).is_file():
-        for flag, are in (("--model", "is"), ("--model-args", "are")):
-            if gives(arguments, flag):
-                raise ValueError(f"{flag} {are} for --init scratch or pretrained: {init} has its own")
-    return model_args or {}, rest
+    """The --model-args of a backbone, and the other arguments. Raises ValueError for --model beside a folder."""
+    model_args, arguments = take_model_args(arguments)
+    init, _ = take_option(arguments, "--init")
+    if gives(arguments, "--model") and init not in (None, "scratch", "pretrained"):
+        raise ValueError(f"--model is for --init scratch or pretrained: {init} has its own")
+    return model_args or {}, arguments
 
 
 def _key_values(text: list[str]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 
 from slicevit.cli.launch import launch
-from slicevit.cli.options import gives, parse, speaks, take_backbone, take_option
+from slicevit.cli.options import gives, parse, speaks, take_model_args, take_option
 from slicevit.training.config import TrainConfig
-from slicevit.training.initial import with_slicing_of
+from slicevit.training.initial import require_same_model, with_slicing_of
 from slicevit.training.presets import PRESETS, preset
 
 
@@ -29,14 +29,15 @@ def run(arguments: list[str]) -> None:
 
 def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     arguments = _rewire_alone(arguments)
-    model_args, arguments = take_backbone(arguments)
+    model_args, arguments = take_model_args(arguments)
     if name is None:
         name = "own-data" if gives(arguments, "--data") or gives(arguments, "--model") else "fashion"
     default = preset(name)
     own = {} if gives(arguments, "--model") else default.model_args  # a preset's arguments are its model's
-    default = replace(default, model_args=own | model_args)
+    default = replace(default, model_args=own | (model_args or {}))
     init, _ = take_option(arguments, "--init")
     if init not in (None, "scratch", "pretrained") and not Path(init).is_file():
+        require_same_model(init, take_option(arguments, "--model")[0], model_args or {})
         default = with_slicing_of(default, init, own_method=gives(arguments, "--method"))
     description = (
         "Train one network whose width can be cut at run time. Further flags: --preset "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,20 @@ def with_slicing_of(config: TrainConfig, init: str, own_method: bool) -> TrainCo
     if grid is not None and len(WidthGrid.parse(grid)) > 1:
         taken["grid"] = grid
     return replace(config, model=saved.get("architecture", config.model), model_args={}, **taken)
+
+
+def require_same_model(init: str, model: str | None, model_args: dict[str, Any]) -> None:
+    """Raises ValueError when `model` or `model_args` say otherwise than the saved model that `init` names is built."""
+    saved, _ = read_config(init)
+    own, name = saved.get("model_args") or {}, saved.get("architecture")
+    channels, *size = (saved.get("pretrained_cfg") or {}).get("input_size", (3, 224, 224))
+    own = own | {"in_chans": channels, "img_size": size[0] if size[0] == size[1] else size}
+    if model not in (None, name):
+        raise ValueError(f"--model {model}: what --init {init} holds is a {name}; leave one of them out")
+    for key, value in model_args.items():
+        if key not in own or own[key] != json.loads(json.dumps(value)):
+            has = f"{key}={own[key]}" if key in own else f"no {key} of its own"
+            raise ValueError(f"--model-args {key}={value}: what --init {init} holds has {has}; leave one of them out")
 
 
 def located(config: C) -> C:
