@@ -17,12 +17,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from common_runs import stamp
-from torch.utils.flop_counter import FlopCounterMode
 
 import slicevit
 from slicevit.checkpoint import read_config
 from slicevit.data import eval_batches, eval_config, eval_transform, open_dataset
 from slicevit.evaluation.accuracy import evaluate
+from slicevit.evaluation.widths import merged_macs
 from slicevit.files import write_text
 from slicevit.training.runs import read_train_config
 
@@ -41,13 +41,10 @@ def measure(run: Path, merged: list[int], batch_size: int) -> list[Point]:
     }
     with torch.inference_mode():
         scores = evaluate(predictors, batches, "cpu", model.num_classes)
-    image_BCHW = torch.zeros(1, transform.in_chans, *transform.img_size)
     points = []
-    for (width, pairs), (name, predictor) in zip(settings, predictors.items(), strict=True):
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            predictor(image_BCHW)
-        macs = counter.get_total_flops() // 2
-        points.append({"width": width, "merged": pairs, "gmacs": macs / 1e9, "top1": scores[name].top1})
+    for (width, pairs), name in zip(settings, predictors, strict=True):
+        gmacs = merged_macs(model, width, pairs) / 1e9
+        points.append({"width": width, "merged": pairs, "gmacs": gmacs, "top1": scores[name].top1})
     return points
 
 

@@ -83,7 +83,7 @@ def _shared(args: EvalArgs) -> dict[str, Any]:
     """The options that models of every task have. Raises ValueError when another is given."""
     options = dict(vars(args))
     for name in ("data_root", "batch_size", "merged"):
-        if options.pop(name):
+        if options.pop(name) != getattr(EvalArgs, name):
             kind = KINDS[task_of(args.run) or ""]
             raise ValueError(f"--{name.replace('_', '-')} is for classifiers: {args.run} is a {kind}")
     return options

@@ -64,7 +64,7 @@ class BoxSet(ImageSet):
             raise ValueError(f"--data {folder}: {self._images} is no folder; the layout {layout} keeps {split} there")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            images = {image["id"]: str(image["file_name"]) for image in found["images"]}
+            images = {image["id"] for image in found["images"]}
             ids = sorted((int(kind["id"]), str(kind["name"])) for kind in found["categories"])
             numbers = {kind: number for number, (kind, _) in enumerate(ids)}
             boxes: dict[Any, list[tuple[float, ...]]] = defaultdict(list)
@@ -75,8 +75,8 @@ class BoxSet(ImageSet):
                         raise ValueError(f"{key} {one[key]!r} of annotation {one.get('id')!r} is not in its lists")
                 label, crowd = numbers[one["category_id"]], bool(one.get("iscrowd", 0))
                 boxes[one["image_id"]].append((label, left, top, left + width, top + height, crowd))
-            self._files = list(images.values())
-            self._boxes = [np.array(boxes[image], np.float32).reshape(-1, 6) for image in images]
+            self._files = [str(image["file_name"]) for image in found["images"]]
+            self._boxes = [np.array(boxes[image["id"]], np.float32).reshape(-1, 6) for image in found["images"]]
         except FileNotFoundError:
             raise ValueError(f"--data {folder}: there is no {path}, which says where the boxes are") from None
         except (KeyError, TypeError) as error:

@@ -8,11 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from slicevit.checkpoint import KINDS, from_pretrained, read_config
-from slicevit.costs import model_input_size
+from slicevit.costs import model_input_size, width_costs
 from slicevit.elastic import ElasticModel
 from slicevit.families import Layout
 from slicevit.files import write_text
@@ -20,7 +19,7 @@ from slicevit.training import setup
 from slicevit.training.config import TrainConfig
 from slicevit.training.methods import SEPARATE, is_separate, part_folder
 from slicevit.training.runs import read_train_config
-from slicevit.widths import Isolation, parse_fraction
+from slicevit.widths import FULL, Isolation, parse_fraction
 
 _SCRATCH, _PRETRAINED = "scratch", "pretrained"
 
@@ -111,13 +110,12 @@ def load(backbone: nn.Module, source: ElasticModel, width: Fraction, config: Con
 
 
 def try_size(model: ElasticModel, source: ElasticModel, config: Config) -> None:
-    """Let `model`, whose backbone is that of `source`, answer one black image of --size; it is in eval mode afterwards.
+    """Count what an image of --size costs `model`, whose backbone is that of `source`, as its results will say.
 
-    Raises ValueError when it cannot, because the backbone is tied to another size.
+    Raises ValueError when it takes no such image, because the backbone is tied to another size.
     """
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *model.image_shape))
+        width_costs(model, FULL)
     except Exception as error:  # timm's models assert, or fail in their middle
         reason = " ".join((str(error) or type(error).__name__).split())[:120]
         built = " ".join(map(str, model_input_size(source)[1:]))
