@@ -11,7 +11,6 @@ are there are not made again. Ends with one JSON line, which --out also writes.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from common_runs import WIDTHS, show, stamp
+from common_runs import WIDTHS, report, show
 from PIL import Image
 from probe import by_probe
 
@@ -81,10 +80,7 @@ def main() -> None:
             show(f"{frames} frames {probe:10}", top1)
         figures[str(frames)] = found
     options = {"run": str(args.run), "data": args.data, "per_class": args.per_class, "steps": args.steps}
-    line = json.dumps({"benchmark": "accuracy/clips", **stamp(), **options, "frames": figures})
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    report(args.out, "accuracy/clips", **options, frames=figures)
 
 
 if __name__ == "__main__":

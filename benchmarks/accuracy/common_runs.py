@@ -5,6 +5,7 @@ Legend of axis names: S seeds, W widths, N images.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,7 @@ from slicevit.training.signals import Interrupted, StopRequest
 
 WIDTHS = ("1/4", "1/2", "3/4", "1")
 NOT_FINITE = "not-finite.txt"
+ALONE: dict[str, Any] = {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0}
 _KINDS = {TrainConfig: runs, SegmentConfig: segment_runs, DetectConfig: detect_runs}
 
 
@@ -190,6 +192,14 @@ def difference(one_SWN: np.ndarray, other_SWN: np.ndarray) -> list[float]:
     """Mean, low and high of the paired 95 % interval over images and seeds, in points."""
     interval = paired_bootstrap(one_SWN, other_SWN)
     return [round(value, 2) for value in (interval.mean, interval.low, interval.high)]
+
+
+def report(out: Path | None, benchmark: str, **figures: Any) -> None:
+    """Print the JSON line that a script ends with, and write it to `out`."""
+    line = json.dumps({"benchmark": benchmark, **stamp(), **figures})
+    if out:
+        out.write_text(line + "\n")
+    print(line)
 
 
 def stamp() -> dict[str, str]:

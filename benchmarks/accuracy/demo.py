@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common_runs import Job, accuracies, correct, difference, mean_top1, run_all, run_folder, stamp
+from common_runs import ALONE, Job, accuracies, correct, difference, mean_top1, run_all, run_folder, stamp
 
 from slicevit.training.config import TrainConfig
 from slicevit.training.loop import Run
@@ -33,13 +33,7 @@ SEEDS = (0, 1, 2)
 def variants(share: float, epochs: float) -> dict[str, dict[str, Any]]:
     """What each method changes in the demo's configuration; `share` is the equal-time share of its epochs."""
     demo = replace(preset("fashion"), epochs=epochs)
-    separate = {
-        "epochs": epochs,
-        "method": "separate",
-        "grid": "1/4:1:1/4",
-        "transfer_ramp": 0.0,
-        "full_width_epochs": 0.0,
-    }
+    separate = ALONE | {"epochs": epochs}
     return {
         "scala": {"epochs": epochs},
         "usnet": {"epochs": epochs, "method": "usnet"},

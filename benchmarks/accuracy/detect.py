@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common_runs import WIDTHS, Job, run_all, run_folder, show, stamp
+from common_runs import WIDTHS, Job, report, run_all, run_folder, show
 from PIL import Image
 
 from slicevit.data import ImageSet, open_dataset
@@ -123,10 +123,7 @@ def main() -> None:
         for name, by_width in figures[score].items():
             show(f"{score:6} {name:9}", by_width)
     options = {name: getattr(args, name) for name in ("channels", "epochs", "lr")} | COUNTS
-    line = json.dumps({"benchmark": "accuracy/detect", **stamp(), **options, **figures})
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    report(args.out, "accuracy/detect", **options, **figures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Differences come with paired 95 % intervals, over images alone where there is on
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from dataclasses import replace
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common_runs import WIDTHS, Job, accuracies, correct, difference, hits_of, run_all, run_folder, show, stamp
+from common_runs import ALONE, WIDTHS, Job, accuracies, correct, difference, hits_of, report, run_all, run_folder, show
 
 from slicevit import from_pretrained
 from slicevit.training.config import TrainConfig
@@ -35,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "scala": {"grid": "1/4:1:1/4"},
-    "separate": {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0},
+    "separate": ALONE,
 }
 
 
@@ -91,10 +90,7 @@ def main() -> None:
         for name in ("own", "full's", "separate"):
             show(f"{model:16} {name:9}", rows[model][name]["top1"])
     options = {name: getattr(args, name) for name in ("epochs", "lr", "seeds")}
-    line = json.dumps({"benchmark": "accuracy/hybrids", **stamp(), **options, "models": rows})
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    report(args.out, "accuracy/hybrids", **options, models=rows)
 
 
 if __name__ == "__main__":

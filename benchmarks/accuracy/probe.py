@@ -16,14 +16,13 @@ with one JSON line, which --out also writes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common_runs import WIDTHS, Job, run_all, run_folder, show, stamp
+from common_runs import ALONE, WIDTHS, Job, report, run_all, run_folder, show
 
 from slicevit.evaluation.probe.job import run_probe
 from slicevit.evaluation.probe.probed import Driver
@@ -37,7 +36,7 @@ from slicevit.training.ranks import pick_device
 
 METHODS: dict[str, dict[str, Any]] = {
     "scala": {"grid": "1/4:1:1/8"},
-    "separate": {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0},
+    "separate": ALONE,
 }
 IMAGES = {"img_size": 32, "in_chans": 3, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
@@ -131,10 +130,7 @@ def main() -> None:
                 show(f"{setting:15} {method:9} {name:12}", top1)
     names = ("data", "train_on", "patch_size", "epochs", "tune_epochs", "lr", "steps")
     options = {name: getattr(args, name) for name in names}
-    line = json.dumps({"benchmark": "accuracy/probe", **stamp(), **options, "settings": figures})
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    report(args.out, "accuracy/probe", **options, settings=figures)
 
 
 if __name__ == "__main__":

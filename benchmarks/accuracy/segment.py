@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from common_runs import WIDTHS, Job, run_all, run_folder, stamp
+from common_runs import ALONE, WIDTHS, Job, run_all, run_folder, stamp
 
 from slicevit.tasks.segment.config import SegmentConfig
 from slicevit.tasks.segment.presets import preset as segment_preset
@@ -37,7 +37,7 @@ from slicevit.training.presets import preset
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "scala": {"grid": "1/4:1:1/4"},
-    "separate": {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_epochs": 0.0},
+    "separate": ALONE,
 }
 ROWS = {"cut out": ("scala", "separate"), "slimmable": ("scala", "scala"), "separate": ("separate", "separate")}
 VIT = {"img_size": 64, "in_chans": 3, "depth": 6, "num_heads": 4}

@@ -11,14 +11,13 @@ Runs and features that are there are not made again. Ends with one JSON line, wh
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common_runs import WIDTHS, Job, run_all, run_folder, show, stamp
+from common_runs import WIDTHS, Job, report, run_all, run_folder, show
 from probe import by_probe
 
 from slicevit.training.presets import preset
@@ -50,10 +49,7 @@ def main() -> None:
         for probe, top1 in figures[name].items():
             show(f"{name:9} {probe:10}", top1)
     options = {name: getattr(args, name) for name in ("epochs", "lr", "steps")}
-    line = json.dumps({"benchmark": "accuracy/unlabelled", **stamp(), **options, "runs": figures})
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    report(args.out, "accuracy/unlabelled", **options, runs=figures)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Legend of axis names: B images of a batch, C channels, H height, W width, N imag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -80,6 +80,26 @@ def require_batch_norm(model: ElasticModel, run: Path) -> None:
         raise ValueError(f"{run} has no BatchNorm: its widths need no statistics")
 
 
+def take_statistics(
+    source: Source,
+    images: int,
+    batch_size: int,
+    workers: int,
+    max_bad_share: float,
+    seed: int,
+    widths: Sequence[Fraction] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Calibrate `widths` (by default all) of the model of `source`; returns how many images it saw.
+
+    `seed` draws the images, and the crops where these have to be cut to one size; the global generator stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        batches = training_batches(source.images, source.transform, images, batch_size, workers, max_bad_share, seed)
+        return calibrate(source.model, batches, widths, progress)
+
+
 def calibrate_saved(
     run: Path,
     source: Source,
@@ -100,11 +120,8 @@ def calibrate_saved(
         if value < 2:
             raise ValueError(f"--{name} must be above 1, got {value}")
     model = source.model
-    batches = training_batches(source.images, source.transform, images, batch_size, workers, max_bad_share, seed)
     legal = [asked_width(model, width) for width in widths] or list(model.widths)
     model.to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of crops, where images have to be cut to one size
-        seen = calibrate(model, batches, legal, progress)
+    seen = take_statistics(source, images, batch_size, workers, max_bad_share, seed, legal, progress)
     save_weights(model.to("cpu"), run)
     return legal, seen

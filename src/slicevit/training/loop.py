@@ -9,15 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from slicevit import checkpoint
-from slicevit.calibration import calibrate
 from slicevit.data import Transform, eval_batches, eval_transform
 from slicevit.data.transforms import PairTransform
-from slicevit.evaluation.calibrating import BATCH, training_batches
+from slicevit.evaluation.calibrating import BATCH, Source, take_statistics
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
 from slicevit.training.config import TrainConfig
 from slicevit.training.fits import fit_rows
@@ -162,18 +160,14 @@ class Run(Trainee):
         """What `_evaluate` gives, with BatchNorm statistics of the weights as they are, the same ones on every rank."""
         config = self.config
         if self.evaluated.has_batch_norm:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                images = training_batches(
-                    self.loader.dataset,
-                    self._statistics_transform(),
-                    config.statistics_images,
-                    max(2, min(BATCH, config.eval_batch_size)),
-                    config.workers,
-                    config.max_bad_share,
-                    config.seed,
-                )
-                calibrate(self.evaluated, images)
+            take_statistics(
+                Source(self.evaluated, self.loader.dataset, self._statistics_transform()),
+                config.statistics_images,
+                max(2, min(BATCH, config.eval_batch_size)),
+                config.workers,
+                config.max_bad_share,
+                config.seed,
+            )
         return self._evaluate()
 
     def _statistics_transform(self) -> Transform | PairTransform:
