@@ -33,7 +33,7 @@ class Scale:
 
 
 def _cpu(data: str) -> TrainConfig:
-    """A small ViT with 16 tokens; its heads are 32 wide, so that 1/16 is two channels of each."""
+    """A small ViT with 16 patches; its heads are 16 wide, so that 1/16 is one channel of each."""
     return TrainConfig(
         data=data,
         model="vit_tiny_patch16_224",
@@ -41,7 +41,7 @@ def _cpu(data: str) -> TrainConfig:
             "img_size": 28,
             "patch_size": 7,
             "in_chans": 1,
-            "embed_dim": 128,
+            "embed_dim": 64,
             "depth": 6,
             "num_heads": 4,
         },
