@@ -123,6 +123,10 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
         "ramp": one("λ grows over half of the run", transfer_ramp=0.5),
         "warm-up": one("full width alone for a tenth", full_width_epochs=epochs / 10),
         "teacher": replace(one("external teacher"), taught=True),
+        "larger": one("all larger widths teach", transfer="larger"),
+        "draws-2": one("two draws of widths a step", width_draws=2),
+        "draws-4": one("four draws of widths a step", width_draws=4),
+        "half-full": one("full width in every other step, as much work", full_width_share=0.5, epochs=epochs * 4 / 3),
     }
     if scale.head_args:
         rows["heads-fixed"] = coarse("all heads kept, X = 4", **heads)
@@ -149,5 +153,7 @@ def table_parts(scale: Scale) -> dict[str, Part]:
         "interpolation": Part("A grid that changes", ("x4-to-x13", "x13-to-x4"), ("separate", "scala-x13", "scala-x4")),
         "unseen": Part("Widths that were not trained", ("scala-x4", "scala-x7")),
         "fine-tuning": Part("Fine-tuning", ("fine-tuned",)),
-        "leads": Part("Leads", ("weight", "ramp", "warm-up", "teacher", "no-ia")),
+        "leads": Part(
+            "Leads", ("weight", "ramp", "warm-up", "teacher", "no-ia", "larger", "draws-2", "draws-4", "half-full")
+        ),
     }

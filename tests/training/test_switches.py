@@ -35,7 +35,7 @@ from slicevit.training.config import TrainConfig
 from slicevit.training.loop import Run
 from slicevit.training.objectives import Objective
 from slicevit.training.ranks import join
-from slicevit.training.sampling import draw_widths
+from slicevit.training.sampling import draw_widths, leave_out_full
 from slicevit.training.setup import Mixer, build_optimizer, transform_config
 from slicevit.training.step import accumulate_gradients
 from slicevit.training.teacher import Teacher
@@ -131,13 +131,17 @@ def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 def scala(weight: float = 1.0, calibration: bool = True, transfer: str = "next") -> Callable[..., torch.Tensor]:
     def loss(width: Fraction, heads: Any, targets: torch.Tensor, earlier: dict[Fraction, torch.Tensor]) -> Any:
-        if width == FULL:
+        if not earlier:
             return (
                 ce(heads[0], targets) if heads[0] is heads[1] else (ce(heads[0], targets) + ce(heads[1], targets)) / 2
             )
         if transfer == "off":
             return ce(heads[0], targets)
-        taught = kl(earlier[min(earlier)] if transfer == "next" else earlier[FULL], heads[1])
+        if transfer == "larger":
+            teacher = torch.stack([logits.softmax(1) for logits in earlier.values()]).mean(0).log()
+        else:
+            teacher = earlier[min(earlier)] if transfer == "next" else earlier[FULL]
+        taught = kl(teacher, heads[1])
         return (ce(heads[0], targets) if calibration else 0.0) + weight * taught
 
     return loss
@@ -211,7 +215,8 @@ def test_the_smallest_width_leaves_the_channels_of_the_others_alone() -> None:
 
 @pytest.mark.parametrize("name", [PLAIN, DISTILLED])
 @pytest.mark.parametrize(
-    ("transfer", "calibration"), [("next", True), ("next", False), ("full", True), ("full", False), ("off", True)]
+    ("transfer", "calibration"),
+    [(t, c) for t in ("next", "full", "larger") for c in (True, False)] + [("off", True)],
 )
 def test_progressive_knowledge_transfer_and_noise_calibration(transfer: str, calibration: bool, name: str) -> None:
     """One head serves for both; of two, the class token's gets CE and the distillation token's KL."""
@@ -225,6 +230,7 @@ def test_who_teaches_whom() -> None:
     model, images, targets = make()
     with_pkt = asked(model, images, targets, Objective("next"))
     assert differ(with_pkt, asked(model, images, targets, Objective("full"))) == {M1, S}
+    assert differ(with_pkt, asked(model, images, targets, Objective("larger"))) == {M1, S}
     assert differ(with_pkt, asked(model, images, targets, Objective("off"))) == {M2, M1, S}
     assert differ(with_pkt, asked(model, images, targets, Objective("next", calibration=False))) == {M2, M1, S}
 
@@ -430,7 +436,10 @@ def train_by_hand(
     trailing: Callable[[Fraction], bool],
     scope: str = "all",
 ) -> tuple[nn.Module, ModelEmaV3 | None]:
-    """timm's AdamW on a stock full model, each step's gradients by the equations, on the run's own batches."""
+    """timm's AdamW on a stock full model, each step's gradients by the equations, on the run's own batches.
+
+    The run's `width_draws` parts of a step follow one another in `widths_of`.
+    """
     config = run.config
     full = timm.create_model(PLAIN, **RUN_KWARGS, num_classes=2).train()
     full.load_state_dict(run.model.state_dict())
@@ -439,10 +448,13 @@ def train_by_hand(
     step = 0
     for epoch in range(int(config.epochs)):
         for images, targets in run.loader.epoch(epoch):
-            hand = Hand(full, PLAIN, scope, **RUN_KWARGS, num_classes=2)
-            _, grads = hand.step(images, targets, widths_of(step), loss_of(step), trailing)
-            for key, parameter in full.named_parameters():
-                parameter.grad = grads[key]
+            hand, parts = Hand(full, PLAIN, scope, **RUN_KWARGS, num_classes=2), config.width_draws
+            optimizer.zero_grad()
+            for draw, chunk in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+                _, grads = hand.step(*chunk, widths_of(step * parts + draw), loss_of(step), trailing)
+                for key, parameter in full.named_parameters():
+                    part = grads[key] / parts
+                    parameter.grad = part if parameter.grad is None else parameter.grad + part
             optimizer.step()
             if ema is not None:
                 ema.update(full, step)
@@ -484,6 +496,46 @@ def checked_run(
 
 def test_scala(data: Path, tmp_path: Path) -> None:
     checked_run(config_of(data), tmp_path)
+
+
+def test_parts_of_a_step_that_draw_their_own_widths(data: Path, tmp_path: Path) -> None:
+    """Each part's gradients are those of a step of its own, in the mean over the parts."""
+    config = config_of(data, width_draws=2, grid="1/4:1:1/8", epochs=2)
+    grid = WidthGrid.parse(config.grid)
+    draws = [draw_widths(grid, "stable", config.seed, step, part) for step in range(8) for part in range(2)]
+    assert any(a != b for a, b in zip(draws[::2], draws[1::2], strict=True))
+    checked_run(config, tmp_path, widths_of=draws.__getitem__)
+
+
+def test_draws_that_leave_out_the_full_width(data: Path, tmp_path: Path) -> None:
+    """What is then widest learns from labels alone, and teaches the next."""
+    config = config_of(data, full_width_share=0.5, grid="1/4:1:1/8", epochs=2)
+    grid = WidthGrid.parse(config.grid)
+    draws = [draw_widths(grid, "stable", config.seed, step) for step in range(8)]
+    draws = [leave_out_full(widths, 0.5, config.seed, step) for step, widths in enumerate(draws)]
+    assert {len(widths) for widths in draws} == {3, 4}
+    checked_run(config, tmp_path, widths_of=draws.__getitem__)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_the_share_of_draws_with_the_full_width(share: float) -> None:
+    step = draw_widths(WidthGrid.parse(GRID), "stable", 0, 0)
+    draws = [leave_out_full(step, share, 0, k) for k in range(2000)]
+    assert set(draws) <= {step, step[1:]}
+    assert sum(widths == step for widths in draws) / 2000 == pytest.approx(share, abs=0.05)
+    assert leave_out_full((FULL,), 0.01, 0, 0) == (FULL,)  # alone it stays
+
+
+@pytest.mark.parametrize("settings", [{"width_draws": 0}, {"full_width_share": 0.0}, {"full_width_share": 1.5}])
+def test_what_no_step_can_draw_is_refused(settings: dict[str, Any], data: Path) -> None:
+    name = f"--{next(iter(settings)).replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"{name} must"):
+        config_of(data, **settings)
+
+
+def test_parts_must_be_equal(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"--width-draws 3 does not divide the 4 images .*--batch-size"):
+        config_of(data, width_draws=3).rank_batch(1)
 
 
 def test_usnet(data: Path, tmp_path: Path) -> None:

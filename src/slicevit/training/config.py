@@ -48,9 +48,15 @@ class TrainConfig:
     isolation: Isolation | None = None
     """Which widths take trailing channels: smallest (the paper's), b, c, off, mirror (the published code)."""
     transfer: Transfer | None = None
-    """Who teaches a narrower width: the next larger one (PKT), the full one, or nobody (off)."""
+    """Who teaches a narrower width: the next larger one (PKT), the full one, the mean of all larger ones of the step
+    (larger), or nobody (off)."""
     sampling: Draw | None = None
     """How the widths of a step are drawn: stable (SS), free, one, or full."""
+    width_draws: int = 1
+    """Equal parts of a process's images in a step, each of which draws its own widths: more widths a step, for the same
+    work."""
+    full_width_share: float = 1.0
+    """Share of the draws that train the full width; the others leave it out, and cost less."""
     calibration: bool | None = None
     """Whether narrower widths learn from labels too (NC)."""
     layout: Layout = "per_head"
@@ -172,7 +178,17 @@ class TrainConfig:
         self.change()
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is not one of {', '.join(METHODS)}")
-        for name in ("epochs", "batch_size", "lr", "eval_batch_size", "eval_every", "save_every", "rewire_images"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "lr",
+            "eval_batch_size",
+            "eval_every",
+            "save_every",
+            "rewire_images",
+            "width_draws",
+            "full_width_share",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         if self.statistics_images < 2:
@@ -191,7 +207,7 @@ class TrainConfig:
         for name in ("ema_decay", "drop_path", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("teacher_share", "max_bad_share", "hflip", "random_erasing", "transfer_ramp"):
+        for name in ("teacher_share", "max_bad_share", "hflip", "random_erasing", "transfer_ramp", "full_width_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
         self._check_teacher()
@@ -246,6 +262,11 @@ class TrainConfig:
         if (self.mixup or self.cutmix) and self.batch_size // ranks % 2:
             raise ValueError(
                 f"--batch-size {self.batch_size} over {ranks} processes must be even for each with --mixup or --cutmix"
+            )
+        if self.batch_size // ranks % self.width_draws:
+            raise ValueError(
+                f"--width-draws {self.width_draws} does not divide the {self.batch_size // ranks} images of a process "
+                "in a step (--batch-size)"
             )
         return self.batch_size // ranks
 

@@ -28,8 +28,9 @@ def accumulate_feature_gradients(
     """Add the gradients of all `widths` (widest first) to the parameters of the model and the projections.
 
     The widest learns from the teacher. A narrower one learns from the projected tokens of the next larger width (or
-    of the widest, or of none: the objective's `transfer`), and with its `calibration` from the teacher too, which
-    stands where labels do elsewhere. `masked_BM` are the masked patches, `share` these images' part of the step's.
+    of the widest, the mean of all larger ones, or none: the objective's `transfer`), and with its `calibration` from
+    the teacher too, which stands where labels do elsewhere. `masked_BM` are the masked patches, `share` these images'
+    part of the step's.
     Returns the detached scalar loss of each width.
     """
     with autocast():
@@ -47,6 +48,9 @@ def accumulate_feature_gradients(
                 parts.append(loss.detach())
                 if not larger[place] or objective.transfer == "next":
                     larger[place] = {name: tokens.detach() for name, tokens in answer.items()}
+                elif objective.transfer == "larger":
+                    for name, tokens in answer.items():
+                        larger[place][name] = larger[place][name].lerp(tokens.detach(), 1 / (len(losses) + 1))
         losses[width] = sum(parts[1:], parts[0])
     return losses
 

@@ -117,7 +117,8 @@ class Keeper:
         saved = load_checkpoint(self.folder)
         good = f"the checkpoint of step {saved['step']} in {self.folder} is good" if saved else "nothing was saved yet"
         own = self.run.config.widths_per_rank == "own" and self.run.ranks.count > 1
-        widths = "each process its own" if own else ", ".join(map(str, self.run.widths_of(step)))
+        draws = [self.run.widths_of(step, draw) for draw in range(self.run.config.width_draws)]
+        widths = "each process its own" if own else "; ".join(", ".join(map(str, widths)) for widths in draws)
         error = NotFinite(
             f"the loss of step {step} (widths {widths}) is not finite; {good}. "
             "Start again in another folder with a lower --lr or with --clip-grad 1"

@@ -19,7 +19,7 @@ from slicevit.families import Scope
 from slicevit.widths import Isolation
 
 Draw: TypeAlias = Literal["stable", "free", "one", "full"]
-Transfer: TypeAlias = Literal["next", "full", "off"]
+Transfer: TypeAlias = Literal["next", "full", "larger", "off"]
 MethodName: TypeAlias = Literal["scala", "usnet", "autoformer", "matformer", "separate"]
 
 
@@ -28,7 +28,8 @@ class Method:
     """What a method switches on.
 
     draw: how a step's widths are drawn (`sampling.draw_widths`).
-    transfer: which logits a narrower width is taught with: the next larger width's (PKT), the full width's, or none.
+    transfer: which logits a narrower width is taught with: the next larger width's (PKT), the full width's, the
+        mean of all larger ones of the step, or none.
     calibration: whether narrower widths also learn from labels (NC).
     """
 

@@ -5,9 +5,11 @@ B: images, K: classes. A distilled model gives a pair in train mode: class-token
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,11 +41,18 @@ def transfer_loss(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     )
 
 
+def join_lessons(joint_BK: Tensor, logits_BK: Tensor, count: int) -> Tensor:
+    """Logits of the mean distribution of `count` teachers, of which `joint_BK` are the same of all but the last."""
+    log_p_BK, log_q_BK = joint_BK.log_softmax(dim=1), logits_BK.log_softmax(dim=1)
+    return torch.logaddexp(log_p_BK + math.log((count - 1) / count), log_q_BK - math.log(count))
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of every width of a step (paper section 3.4; the full width's is DeiT's).
 
-    transfer: the teacher of a narrower width: the "next" larger one (PKT), the "full" one, or "off".
+    transfer: the teacher of a narrower width: the "next" larger one (PKT), the "full" one, all "larger" ones of the
+        step in the mean, or "off".
     calibration: labels too for narrower widths (NC).
     smoothing: label smoothing, where targets are class indices.
     distillation: how an external teacher teaches: its best class ("hard") or its distribution ("soft").

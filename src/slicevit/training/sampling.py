@@ -9,7 +9,7 @@ import numpy as np
 from slicevit.training.methods import Draw
 from slicevit.widths import WidthGrid
 
-_WIDTHS = 1  # the stream of random numbers that draws widths
+_WIDTHS, _FULL = 1, 3  # the streams of random numbers that draw widths, and whether the full one is among them
 
 
 def generator(seed: int, step: int, stream: int, rank: int = 0) -> np.random.Generator:
@@ -38,3 +38,12 @@ def draw_widths(grid: WidthGrid, draw: Draw, seed: int, step: int, rank: int = 0
         halves = [w for w in between if w > grid.midpoint], [w for w in between if w <= grid.midpoint]
         middle = [half[random.integers(len(half))] for half in halves if half]
     return (grid.largest, *middle, grid.smallest)
+
+
+def leave_out_full(
+    widths: tuple[Fraction, ...], share: float, seed: int, step: int, rank: int = 0
+) -> tuple[Fraction, ...]:
+    """`widths`, widest first; in all but a `share` of the draws without the first, where others remain."""
+    if share >= 1 or len(widths) == 1 or generator(seed, step, _FULL, rank).random() < share:
+        return widths
+    return widths[1:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slicevit.elastic import ElasticModel
 from slicevit.training.graphs import Graphs
-from slicevit.training.objectives import Objective, distillation_logits
+from slicevit.training.objectives import Objective, distillation_logits, join_lessons
 
 
 def accumulate_gradients(
@@ -48,6 +48,8 @@ def accumulate_gradients(
         losses[width], logits_BK = call(images_BCHW, *(lesson for lesson in lessons if lesson is not None))
         if teacher_BK is None or objective.transfer == "next":
             teacher_BK = logits_BK
+        elif objective.transfer == "larger":
+            teacher_BK = join_lessons(teacher_BK, logits_BK, len(losses))
     return losses
 
 

@@ -24,7 +24,7 @@ from slicevit.training.micro_batch import most_images
 from slicevit.training.monitor import LossMonitor
 from slicevit.training.objectives import Objective
 from slicevit.training.ranks import SharedGradients, join, shared
-from slicevit.training.sampling import draw_widths
+from slicevit.training.sampling import draw_widths, leave_out_full
 from slicevit.training.step import accumulate_gradients
 from slicevit.training.teacher import Teacher
 from slicevit.training.trackers import check_installed
@@ -118,8 +118,9 @@ class Trainee:
         """Fix `micro_batch` where it is to be found; the run's configuration keeps what was found."""
         if self.config.micro_batch == 0:
             loss = self.distiller.full_loss if self.distiller is not None else None
+            drawn = self.loader.batch_size // self.config.width_draws
             fitting = self.ranks.together(
-                lambda: most_images(self.model, self.loader.batch_size, self._image_shape(), self._autocast, loss)
+                lambda: most_images(self.model, drawn, self._image_shape(), self._autocast, loss)
             )
             if self.distiller is not None:
                 self.distiller.projections.zero_grad()
@@ -158,16 +159,21 @@ class Trainee:
 
     def _accumulate(self, images_BCHW: Tensor, targets: Tensor) -> dict[Fraction, Tensor]:
         """Gradients of this rank's images, `micro_batch` at a time; the mean loss of each width."""
-        size = self.config.micro_batch or len(images_BCHW)
-        widths, goals = self.widths_of(self.step), targets
+        goals = targets
         if self.distiller is not None:
             goals = self.distiller.draw_masks(self.step, len(images_BCHW), self.ranks)
-        means: dict[Fraction, Tensor] = {}
-        for images, goal in zip(images_BCHW.split(size), goals.split(size), strict=True):
-            part = len(images) / len(images_BCHW)
-            for width, loss in self._gradients(images, goal, widths, part).items():
-                means[width] = means[width] + loss * part if width in means else loss * part
-        return means
+        drawn = len(images_BCHW) // self.config.width_draws
+        size = min(self.config.micro_batch or drawn, drawn)
+        sums: dict[Fraction, Tensor] = {}
+        shares: dict[Fraction, float] = {}
+        for draw, (images_of, goals_of) in enumerate(zip(images_BCHW.split(drawn), goals.split(drawn), strict=True)):
+            widths = self.widths_of(self.step, draw)
+            for images, goal in zip(images_of.split(size), goals_of.split(size), strict=True):
+                part = len(images) / len(images_BCHW)
+                for width, loss in self._gradients(images, goal, widths, part).items():
+                    sums[width] = sums[width] + loss * part if width in sums else loss * part
+                    shares[width] = shares.get(width, 0.0) + part
+        return {width: sums[width] / shares[width] for width in sorted(sums, reverse=True)}
 
     def _gradients(
         self, images_BCHW: Tensor, goal: Tensor, widths: tuple[Fraction, ...], share: float
@@ -201,13 +207,15 @@ class Trainee:
             graphs=self.graphs,
         )
 
-    def widths_of(self, step: int) -> tuple[Fraction, ...]:
-        """The widths that `step` trains, widest first."""
+    def widths_of(self, step: int, draw: int = 0) -> tuple[Fraction, ...]:
+        """The widths that a draw of `step` trains, widest first."""
         if step < self.config.full_width_epochs * self.loader.steps_per_epoch:
             return (self.model.grid.largest,)
         assert self.config.sampling is not None
         rank = self.ranks.index if self.config.widths_per_rank == "own" else 0
-        return draw_widths(self.model.grid, self.config.sampling, self.config.seed, step, rank)
+        stream = rank * self.config.width_draws + draw
+        widths = draw_widths(self.model.grid, self.config.sampling, self.config.seed, step, stream)
+        return leave_out_full(widths, self.config.full_width_share, self.config.seed, step, stream)
 
     def transfer_weight(self) -> float:
         """λ at this step: it grows from 0 over `transfer_ramp` of the run."""
