@@ -123,6 +123,7 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
         "ramp": one("λ grows over half of the run", transfer_ramp=0.5),
         "warm-up": one("full width alone for a tenth", full_width_epochs=epochs / 10),
         "teacher": replace(one("external teacher"), taught=True),
+        "xavier": one("Xavier initialisation", model_args=base.model_args | {"weight_init": "jax"}),
         "larger": one("all larger widths teach", transfer="larger"),
         "draws-2": one("two draws of widths a step", width_draws=2),
         "draws-4": one("four draws of widths a step", width_draws=4),
@@ -154,6 +155,7 @@ def table_parts(scale: Scale) -> dict[str, Part]:
         "unseen": Part("Widths that were not trained", ("scala-x4", "scala-x7")),
         "fine-tuning": Part("Fine-tuning", ("fine-tuned",)),
         "leads": Part(
-            "Leads", ("weight", "ramp", "warm-up", "teacher", "no-ia", "larger", "draws-2", "draws-4", "half-full")
+            "Leads",
+            ("weight", "ramp", "warm-up", "teacher", "no-ia", "xavier", "larger", "draws-2", "draws-4", "half-full"),
         ),
     }
