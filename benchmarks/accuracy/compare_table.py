@@ -61,7 +61,7 @@ def _hits(comparison: Comparison, name: str) -> Hits:
 
 def _figures(comparison: Comparison, name: str, hits: dict[str, Hits]) -> dict[str, Any]:
     """What the table says of a row; only the search so far where it is not trained."""
-    own = comparison.search(name)
+    own = {rate: top1 for rate, top1 in comparison.search(name).items() if top1 is not None}
     own = own if comparison.rows[name].rate_of is None or len(own) > 1 else {}
     search = {f"{rate:g}": round(top1, 2) if np.isfinite(top1) else "not finite" for rate, top1 in own.items()}
     figures: dict[str, Any] = {"title": comparison.rows[name].title, "search": search}
