@@ -127,7 +127,7 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
         "larger": one("all larger widths teach", transfer="larger"),
         "draws-2": one("two draws of widths a step", width_draws=2),
         "draws-4": one("four draws of widths a step", width_draws=4),
-        "half-full": one("full width in every other step, as much work", full_width_share=0.5, epochs=epochs * 4 / 3),
+        "half-full": one("full width in half of the steps, as much work", full_width_share=0.5, epochs=epochs * 4 / 3),
     }
     if scale.head_args:
         rows["heads-fixed"] = coarse("all heads kept, X = 4", **heads)

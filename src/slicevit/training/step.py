@@ -49,7 +49,8 @@ def accumulate_gradients(
         if teacher_BK is None or objective.transfer == "next":
             teacher_BK = logits_BK
         elif objective.transfer == "larger":
-            teacher_BK = join_lessons(teacher_BK, logits_BK, len(losses))
+            with autocast():  # whose softmax is in float32
+                teacher_BK = join_lessons(teacher_BK, logits_BK, len(losses))
     return losses
 
 

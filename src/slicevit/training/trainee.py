@@ -213,9 +213,9 @@ class Trainee:
             return (self.model.grid.largest,)
         assert self.config.sampling is not None
         rank = self.ranks.index if self.config.widths_per_rank == "own" else 0
-        stream = rank * self.config.width_draws + draw
-        widths = draw_widths(self.model.grid, self.config.sampling, self.config.seed, step, stream)
-        return leave_out_full(widths, self.config.full_width_share, self.config.seed, step, stream)
+        nth = rank * self.config.width_draws + draw
+        widths = draw_widths(self.model.grid, self.config.sampling, self.config.seed, step, nth)
+        return leave_out_full(widths, self.config.full_width_share, self.config.seed, step, nth)
 
     def transfer_weight(self) -> float:
         """λ at this step: it grows from 0 over `transfer_ramp` of the run."""
