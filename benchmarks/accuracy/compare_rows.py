@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slicevit.published import PUBLISHED
 from slicevit.training.config import TrainConfig
-from slicevit.training.presets import PUBLISHED, preset
+from slicevit.training.presets import preset
 
 X4, X7, X13 = "1/4:1:1/4", "1/4:1:1/8", "1/4:1:1/16"
 
@@ -56,7 +57,7 @@ def _cpu(data: str) -> TrainConfig:
 
 def _gpu(data: str) -> TrainConfig:
     """DeiT-S with patches of 8 on images of 64 pixels, DeiT's augmentation for every row."""
-    return replace(preset("tiny-imagenet"), data=data, grid=X13, eval_every=10_000, save_every=10, workers=8)
+    return replace(preset("tiny-imagenet-paper"), data=data, grid=X13, eval_every=10_000, save_every=10, workers=8)
 
 
 _MAIN = ("separate", "separate-teacher", "usnet", "usnet-teacher", "autoformer", "matformer", "scala-x13", "scala-x4")
@@ -73,7 +74,8 @@ class Row:
     """A line of the table.
 
     changes: what it changes in the scale's configuration.
-    rate_of: the row whose learning rate it takes; None where it has a search of its own.
+    rate_of: the row whose learning rate it takes; None where it has a search of its own. Rows that begin with the
+        full width alone take that of separate training.
     taught: by the separately trained full width of seed 0. tuned: starts from that width's weights.
     """
 
@@ -92,6 +94,9 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
 
     def coarse(title: str, **changes: Any) -> Row:
         return Row(title, {"grid": X4} | changes, "scala-x4")
+
+    def alone(title: str, **changes: Any) -> Row:
+        return Row(title, {"method": "rotated"} | changes, "separate")
 
     heads = {"model_args": base.model_args | scale.head_args}
     separate = {"method": "separate", "grid": X4}
@@ -121,13 +126,17 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
         "fine-tuned": replace(one("from the trained full width"), tuned=True),
         "weight": one("λ = 0.5", transfer_weight=0.5),
         "ramp": one("λ grows over half of the run", transfer_ramp=0.5),
-        "warm-up": one("full width alone for a tenth", full_width_epochs=epochs / 10),
+        "warm-up": one("full width alone for a tenth", full_width_first=0.1),
         "teacher": replace(one("external teacher"), taught=True),
         "xavier": one("Xavier initialisation", model_args=base.model_args | {"weight_init": "jax"}),
         "larger": one("all larger widths teach", transfer="larger"),
         "draws-2": one("two draws of widths a step", width_draws=2),
         "draws-4": one("four draws of widths a step", width_draws=4),
         "half-full": one("full width in half of the steps, as much work", full_width_share=0.5, epochs=epochs * 4 / 3),
+        "rotated": alone("rotated, as much work", epochs=epochs * 1.5),
+        "rotated-70": alone("rotated, 0.7 of the work", epochs=epochs * 1.045),
+        "rotated-isolated": alone("rotated, the smallest isolated", epochs=epochs * 1.5, isolation="smallest"),
+        "rotated-not": alone("the same, not rotated, one cosine", epochs=epochs * 1.5, rewire="off"),
     }
     if scale.head_args:
         rows["heads-fixed"] = coarse("all heads kept, X = 4", **heads)
@@ -158,4 +167,5 @@ def table_parts(scale: Scale) -> dict[str, Part]:
             "Leads",
             ("weight", "ramp", "warm-up", "teacher", "no-ia", "xavier", "larger", "draws-2", "draws-4", "half-full"),
         ),
+        "rotated": Part("The full width first", ("rotated", "rotated-70", "rotated-isolated", "rotated-not")),
     }

@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2)
 
 def variants(share: float, epochs: float) -> dict[str, dict[str, Any]]:
     """What each method changes in the demo's configuration; `share` is the equal-time share of its epochs."""
-    demo = replace(preset("fashion"), epochs=epochs)
+    demo = replace(preset("fashion-paper"), epochs=epochs)
     separate = ALONE | {"epochs": epochs}
     return {
         "scala": {"epochs": epochs},
@@ -46,7 +46,7 @@ def variants(share: float, epochs: float) -> dict[str, dict[str, Any]]:
 def config(changes: dict[str, Any], rate: float, seed: int) -> TrainConfig:
     """The demo with `changes`, evaluated at the end only, on one thread."""
     quiet = {"eval_every": 10_000, "threads": 1, "lr": rate, "seed": seed}
-    return replace(preset("fashion"), **(quiet | changes))
+    return replace(preset("fashion-paper"), **(quiet | changes))
 
 
 def equal_time_share(rounds: int = 12) -> float:
@@ -62,7 +62,7 @@ def equal_time_share(rounds: int = 12) -> float:
     seconds: dict[int, list[float]] = {}
     for round_ in range(rounds):
         for index, run in enumerate([elastic, *alone]):
-            run.step = max(run.step, int(demo.full_width_epochs * run.loader.steps_per_epoch) + 1)
+            run.step = max(run.step, run.full_width_steps + 1)
             start = time.perf_counter()
             run.train_step(images, targets)
             if round_ > 1:
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/demo"))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--epochs", type=float, default=preset("fashion").epochs, help="fewer, to try the script")
+    parser.add_argument("--epochs", type=float, default=preset("fashion-paper").epochs, help="fewer, to try the script")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def config(args: argparse.Namespace, model: str, method: str, seed: int) -> Trai
     images = {"in_chans": 1, "pretrained_cfg_overlay": {"input_size": (1, 32, 32)}}
     given = {"model": model, "model_args": MODELS[model] | images, "epochs": args.epochs, "lr": args.lr}
     quiet = {"eval_every": 10_000, "threads": 1, "device": args.device, "seed": seed, "in_memory": True}
-    return replace(preset("fashion"), **(given | quiet | METHODS[method]))
+    return replace(preset("fashion-paper"), **(given | quiet | METHODS[method]))
 
 
 def without_statistics(folder: Path) -> np.ndarray:
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/hybrids"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--epochs", type=float, default=preset("fashion").epochs)
+    parser.add_argument("--epochs", type=float, default=preset("fashion-paper").epochs)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="auto")

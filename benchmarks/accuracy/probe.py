@@ -46,7 +46,7 @@ def config(args: argparse.Namespace, method: str, data: str) -> TrainConfig:
     quiet = {"eval_every": 10_000, "threads": args.threads, "lr": args.lr, "epochs": args.epochs, "seed": 0}
     model_args = IMAGES | {"patch_size": args.patch_size}
     quick = {"in_memory": True, "cuda_graphs": True, "device": args.device, "model_args": model_args}
-    return replace(preset("fashion"), **(quiet | quick | METHODS[method] | {"data": data}))
+    return replace(preset("fashion-paper"), **(quiet | quick | METHODS[method] | {"data": data}))
 
 
 def by_probe(

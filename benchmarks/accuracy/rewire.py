@@ -56,7 +56,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         quick = {"eval_every": 10_000, "threads": 1, "device": args.device, "in_memory": True, "cuda_graphs": True}
-        self.demo = replace(preset("fashion"), **quick)
+        self.demo = replace(preset("fashion-paper"), **quick)
 
     def base(self, seed: int) -> Job:
         """The full width trained alone; the narrower ones are evaluated as they come out."""
@@ -116,9 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/rewire"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--base-epochs", type=float, default=preset("fashion").epochs, help="of the ordinary network")
-    parser.add_argument("--base-lr", type=float, default=preset("fashion").lr)
-    parser.add_argument("--epochs", type=float, default=preset("fashion").epochs, help="of every row")
+    parser.add_argument(
+        "--base-epochs", type=float, default=preset("fashion-paper").epochs, help="of the ordinary network"
+    )
+    parser.add_argument("--base-lr", type=float, default=preset("fashion-paper").lr)
+    parser.add_argument("--epochs", type=float, default=preset("fashion-paper").epochs, help="of every row")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 is among them, for the search")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))

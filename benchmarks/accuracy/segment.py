@@ -49,7 +49,7 @@ def backbone_config(args: argparse.Namespace, method: str) -> TrainConfig:
     given = {"data": args.pretrain_on, "model_args": model_args, "epochs": args.pretrain_epochs, "lr": args.pretrain_lr}
     quiet = {"eval_every": 10_000, "threads": args.threads, "device": args.device, "seed": 0}
     quick = {"in_memory": True, "cuda_graphs": True}
-    return replace(preset("fashion"), **(given | quiet | quick | BACKBONES[method]))
+    return replace(preset("fashion-paper"), **(given | quiet | quick | BACKBONES[method]))
 
 
 def segment_config(args: argparse.Namespace, backbone: Path, method: Any, seed: int) -> SegmentConfig:

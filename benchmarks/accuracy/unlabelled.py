@@ -27,13 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/unlabelled"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--epochs", type=float, default=preset("fashion").epochs, help="of each run")
+    parser.add_argument("--epochs", type=float, default=preset("fashion-paper").epochs, help="of each run")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=12_500, help="of each head; fewer, to try the script")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    demo = replace(preset("fashion"), epochs=args.epochs, lr=args.lr, eval_every=10_000, threads=1, device=args.device)
+    demo = replace(
+        preset("fashion-paper"), epochs=args.epochs, lr=args.lr, eval_every=10_000, threads=1, device=args.device
+    )
     folders = {name: run_folder(args.work, name, args.lr, 0) for name in ("teacher", "features", "labels")}
     teacher = Job(replace(demo, sampling="full", isolation="off"), folders["teacher"])
     taught = replace(demo, teacher=str(folders["teacher"]), teacher_objective="features")

@@ -97,7 +97,7 @@ def demanding(images: Path, teacher: Path) -> TrainConfig:
         micro_batch=4,
         clip_grad=1.0,
         transfer_ramp=0.5,
-        full_width_epochs=0.5,
+        full_width_first=0.25,
         rand_augment="rand-m9-mstd0.5-inc1",
     )
 
@@ -180,7 +180,16 @@ def test_two_ranks_end_with_the_weights_of_one(
     teacher: Path, images: Path, execute: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     flags = [
-        *("train", "--preset", "fashion", "--data", str(images), "--model", "vit_tiny_patch16_224", "--model-args"),
+        *(
+            "train",
+            "--preset",
+            "fashion-paper",
+            "--data",
+            str(images),
+            "--model",
+            "vit_tiny_patch16_224",
+            "--model-args",
+        ),
         *(f"{key}={value}" for key, value in STUDENT_ARGS.items()),
         *("--teacher", str(teacher), "--teacher-objective", "features", "--teacher-features", "class", "feature"),
         *("patch", "--grid", "1/4:1:1/4", "--batch-size", "8", "--epochs", "1", "--ema-decay", "0.9", "--clip-grad"),

@@ -75,3 +75,16 @@ def test_the_grid_of_a_model_of_one_width_is_not_taken(tmp_path: Path) -> None:
     slicevit.create_model("vit_tiny_patch16_224", "1:1:1", **small).save_pretrained(tmp_path)
     plain = _parse_train(["--data", "DATA"], None)
     assert _parse_train(["--data", "DATA", "--init", str(tmp_path)], None).grid == plain.grid != "1:1:1"
+
+
+def test_only_a_model_of_one_width_is_turned_by_the_method(tmp_path: Path) -> None:
+    """In one of several widths the narrow ones are trained already; --rewire says otherwise."""
+    small = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    for grid, isolation in (("1:1:1", "off"), ("1/4:1:1/4", "smallest")):
+        init = tmp_path / isolation
+        slicevit.create_model("vit_tiny_patch16_224", grid, isolation=isolation, **small).save_pretrained(init)
+        config = _parse_train(["--init", str(init)], "fashion").resolved()
+        several = isolation == "smallest"
+        assert (config.method, config.full_width_first) == ("rotated", 0.0)
+        assert (config.rewire, config.isolation) == (("off", "smallest") if several else ("rotate", "off"))
+        assert _parse_train(["--init", str(init), "--rewire", "permute"], "fashion").resolved().rewire == "permute"

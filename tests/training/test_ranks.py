@@ -334,8 +334,8 @@ def test_same_and_own_widths(data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert own[0] != own[1] != own[2] != own[0]
 
 
-def test_full_width_epochs_are_for_all_ranks(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainee_at(1, 2, config(data, widths_per_rank="own", full_width_epochs=1.0), monkeypatch)
+def test_the_full_width_comes_first_on_all_ranks(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainee_at(1, 2, config(data, widths_per_rank="own", full_width_first=1 / EPOCHS), monkeypatch)
     assert [len(run.widths_of(step)) for step in range(EPOCH_STEPS + 1)] == [1] * EPOCH_STEPS + [4]
 
 

@@ -36,7 +36,7 @@ RANDOM_KILLS = 12  # with those at chosen places and one of a real process more 
 MODEL_ARGS = {"img_size": 16, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 2}
 FLAGS = [
     *("--model", "vit_tiny_patch16_224", "--model-args", *(f"{k}={v}" for k, v in MODEL_ARGS.items())),
-    *("--grid", "1/4:1:1/4", "--epochs", f"{EPOCHS}", "--batch-size", f"{BATCH}", "--full-width-epochs", "0.5"),
+    *("--grid", "1/4:1:1/4", "--epochs", f"{EPOCHS}", "--batch-size", f"{BATCH}", "--full-width-first", "0.125"),
     *("--warmup-epochs", "1", "--transfer-ramp", "0.5", "--ema-decay", "0.9", "--drop-path", "0.2"),
     *("--mixup", "0.8", "--cutmix", "1.0", "--smoothing", "0.1", "--random-erasing", "0.25"),
     *("--rand-augment", "rand-m9-mstd0.5-inc1", "--checkpoint-steps", "2", "--eval-every", "2"),
@@ -386,7 +386,7 @@ def assert_good(run: Path) -> int:
 @pytest.mark.parametrize("every", [1, 2])
 def test_exploding_weights(every: int, data: Path, execute: Runner, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = ("--lr", "1e30", "--checkpoint-steps", str(every), "--full-width-epochs", "0")
+    flags = ("--lr", "1e30", "--checkpoint-steps", str(every), "--full-width-first", "0")
     ended = execute(train(data, run, *flags, workers=0))
     assert ended["status"] == 2, ended["text"]
     assert_one_sentence(ended["text"], r"step \d+", "1/4.*1|1.*1/4", "finite")

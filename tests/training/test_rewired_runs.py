@@ -1,4 +1,4 @@
-"""`slicevit train --init … --rewire`: the full width begins where it was, resumes as it is; bad input is refused."""
+"""Rewiring at the start of a run and in its middle: the full width stays, resumes as it is; bad input is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 import slicevit
 from slicevit import cli
 from slicevit.training.runs import read_train_config
+from slicevit.training.trainee import Trainee
 
 TINY = ["--model", "vit_tiny_patch16_224", "--model-args", "img_size=28", "patch_size=14", "in_chans=1", "embed_dim=16",
         "depth=2", "num_heads=2"]  # fmt: skip
@@ -65,10 +67,80 @@ def test_a_resumed_run_is_not_rewired_again(
             train_quickly([*rest, "--checkpoint-steps", "3", "--out", str(stopped)])
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] < state["step"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slicevit.training.keeper.rewire_run", lambda run, progress: pytest.fail("rewired again"))
+        patch.setattr("slicevit.training.rewired._rewired", lambda *args: pytest.fail("rewired again"))
         train_quickly(["--resume", str(stopped)])
     ends = [load_file(run / "model.safetensors") for run in (whole, stopped)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+ROTATED = ["--method", "rotated", "--epochs", "0.15", "--rewire-images", "8", "--warmup-epochs", "0.025", *GRID]
+
+
+def test_the_method_rotated_trains_the_full_width_turns_it_and_begins_anew(
+    tmp_path: Path, train_quickly: Callable[[list[str]], None]
+) -> None:
+    """12 steps: 8 of the full width, whose answers the rotation keeps, 4 of all widths; each with its own cosine."""
+    images = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    steps: list[tuple[tuple[str, ...], float, dict[str, Tensor], dict[str, Tensor]]] = []
+    train_step = Trainee.train_step
+
+    def recorded(run: Trainee, *args: Any) -> None:
+        def answers() -> dict[str, Tensor]:
+            return {name: run.model(images, width=name).detach() for name in ("1/2", "1")}
+
+        before, widths = answers(), tuple(map(str, run.widths_of(run.step)))
+        train_step(run, *args)
+        steps.append((widths, run.optimizer.param_groups[-1]["lr"], before, answers()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainee, "train_step", recorded)
+        train_quickly([*SEEN, *TINY, *COMMON, *ROTATED, "--drop-path", "0", "--out", str(tmp_path / "run")])
+    widths, rates, before, after = zip(*steps, strict=True)
+    assert widths == (("1",),) * 8 + (("1", "3/4", "1/2", "1/4"),) * 4
+    assert rates[8] == rates[0] < rates[2] > rates[7] < rates[10] > rates[11]
+    torch.testing.assert_close(before[8]["1"], after[7]["1"], rtol=0, atol=1e-5)
+    assert not torch.allclose(before[8]["1/2"], after[7]["1/2"], atol=1e-4)
+    assert read_train_config(tmp_path / "run").rewire == "rotate"
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9"]])
+def test_a_run_of_the_method_rotated_resumes_as_it_was(
+    tmp_path: Path, train_quickly: Callable[[list[str]], None], flags: list[str]
+) -> None:
+    """Killed before the rotation, at its step, and after it."""
+    rest = [*SEEN, *TINY, *COMMON, *ROTATED, *flags, "--checkpoint-steps", "1"]
+    train_quickly([*rest, "--out", str(tmp_path / "whole")])
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    train_step = Trainee.train_step
+    for end in (5, 8, 9):
+        stopped = tmp_path / f"stopped-{end}"
+
+        def until(run: Trainee, *args: Any, end: int = end) -> None:
+            if run.step == end:
+                raise _Killed
+            train_step(run, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainee, "train_step", until)
+            with pytest.raises(_Killed):
+                train_quickly([*rest, "--out", str(stopped)])
+        assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] == end
+        train_quickly(["--resume", str(stopped)])
+        resumed = load_file(stopped / "model.safetensors")
+        assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_what_cannot_be_turned_fails_before_its_full_width_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swin = ["--model", "swin_tiny_patch4_window7_224", "--model-args", "img_size=28", "in_chans=1", "window_size=7",
+            "embed_dim=16", "depths=[1,1]", "num_heads=[1,2]"]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *SEEN, *swin, *COMMON, *ROTATED, "--grid", "1/2:1:1/2", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "--rewire rotate: rewiring by rotation does not go with this model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 class _Killed(Exception):
@@ -105,6 +177,9 @@ def test_a_file_of_weights(
         (["--rewire"], "--rewire needs trained weights: give --init pretrained"),
         (["--rewire", "sideways", "--init", "pretrained"], "--rewire"),
         (["--rewire", "--init", "pretrained", "--layout", "flat"], "--layout per_head"),
+        (["--method", "rotated", "--layout", "flat"], "--method rotated goes with --layout per_head"),
+        (["--method", "rotated", "--full-width-first", "0"], "--method rotated needs trained weights"),
+        (["--method", "rotated", "--full-width-first", "1"], "--full-width-first must lie in [0, 1)"),
         (["--rewire", "--init", "pretrained", "--method", "separate"], "--method separate trains each width alone"),
         (["--rewire-images", "0"], "--rewire-images must be above 0"),
     ],

@@ -646,7 +646,7 @@ def test_a_teacher_sees_the_images_in_its_own_normalisation_and_size(tmp_path: P
 
 
 def test_warm_up_epochs_train_the_full_width_alone(data: Path, tmp_path: Path) -> None:
-    config = config_of(data, epochs=2, full_width_epochs=1)
+    config = config_of(data, epochs=2, full_width_first=0.5)
     grid = WidthGrid.parse(GRID)
     run = checked_run(
         config, tmp_path, widths_of=lambda step: (FULL,) if step < 4 else draw_widths(grid, "stable", 5, step)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from slicevit.families import AttnScale, Heads, Layout, Scope
-from slicevit.training.methods import METHODS, Draw, MethodName, Transfer
+from slicevit.training.methods import METHODS, Draw, MethodName, Rewire, Transfer
 from slicevit.training.objectives import Distillation, FeatureName, TeacherObjective
 from slicevit.training.trackers import TrackerName
 from slicevit.widths import Isolation, WidthGrid, parse_fraction
@@ -33,9 +33,9 @@ class TrainConfig:
     init: str = "scratch"
     """scratch, pretrained (timm's weights), a file of the model's weights, or a folder that slicevit saved, whose grid
     and slicing are the defaults."""
-    rewire: Literal["off", "permute", "rotate"] = "off"
-    """Put what matters of the weights that the run begins with first: channels in another order (permute; --rewire
-    alone says so), or the residual stream and the heads in another basis too (rotate)."""
+    rewire: Rewire | None = None
+    """Put what matters first before narrower widths are trained: channels in another order (permute; --rewire alone
+    says so), or the residual stream and the heads in another basis too (rotate)."""
     rewire_images: int = 256
     """Training images that importance is measured on."""
     grid: str = "1/4:1:1/16"
@@ -73,8 +73,9 @@ class TrainConfig:
     """λ, the weight of the KL term."""
     transfer_ramp: float = 0.0
     """Share of the run over which λ grows from 0 to its value."""
-    full_width_epochs: float = 0.0
-    """Epochs at the start that train the full width alone."""
+    full_width_first: float | None = None
+    """Share of the run, at its start, that trains the full width alone; none by default where the weights come from
+    --init. With --rewire the optimizer and the learning rate's schedule begin anew after it."""
 
     teacher: str | None = None
     """External teacher of the full width: a timm model (loaded with its weights) or a run's folder."""
@@ -195,7 +196,6 @@ class TrainConfig:
             raise ValueError(f"--statistics-images must be above 1, got {self.statistics_images}")
         for name in (
             "warmup_epochs",
-            "full_width_epochs",
             "transfer_weight",
             "transfer_ramp",
             "workers",
@@ -204,8 +204,8 @@ class TrainConfig:
         ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("ema_decay", "drop_path", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("ema_decay", "drop_path", "smoothing", "full_width_first"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("teacher_share", "max_bad_share", "hflip", "random_erasing", "transfer_ramp", "full_width_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -239,16 +239,26 @@ class TrainConfig:
             raise ValueError(f"--teacher-size must be above 0, got {self.teacher_size}")
 
     def _check_rewire(self) -> None:
-        if self.rewire not in ("off", "permute", "rotate"):
+        if self.rewire not in (None, *get_args(Rewire)):
             raise ValueError(f"--rewire {self.rewire} is unknown: give permute or rotate")
-        if self.rewire == "off":
+        own = self.of_method()
+        if own["rewire"] == "off":
             return
-        if self.init == "scratch":
-            raise ValueError("--rewire needs trained weights: give --init pretrained, a run's folder or a file")
+        flag = f"--method {self.method}" if self.rewire is None else "--rewire"
+        if self.init == "scratch" and not own["full_width_first"]:
+            raise ValueError(
+                f"{flag} needs trained weights: give --init pretrained, a run's folder or a file, or a share of the "
+                "run that trains them, such as --full-width-first 0.667"
+            )
+        if own["full_width_first"] and not self.learns_labels:
+            raise ValueError(
+                f"{flag} with --full-width-first does not go with --teacher-objective features, whose projections "
+                "would have to be learned anew: give --init, or --method scala"
+            )
         if self.method == "separate":
             raise ValueError("--rewire is for a model that is sliced: --method separate trains each width alone")
         if self.layout != "per_head" or self.heads != "fixed":
-            raise ValueError(f"--rewire goes with --layout per_head and --heads fixed, not {self.layout}, {self.heads}")
+            raise ValueError(f"{flag} goes with --layout per_head and --heads fixed, not {self.layout}, {self.heads}")
 
     @property
     def learns_labels(self) -> bool:
@@ -285,6 +295,10 @@ class TrainConfig:
 
     def resolved(self) -> TrainConfig:
         """The same with every field that follows the method filled in."""
+        return dataclasses.replace(self, **self.of_method())
+
+    def of_method(self) -> dict[str, Any]:
+        """The fields that follow the method, as they are given or else as it has them."""
         method = METHODS[self.method]
         own: dict[str, Any] = {
             "isolation": method.isolation,
@@ -292,8 +306,11 @@ class TrainConfig:
             "sampling": method.draw,
             "calibration": method.calibration,
             "scope": method.scope,
+            "full_width_first": method.full_width_first if self.init == "scratch" else 0.0,
+            "rewire": method.rewire,
         }
-        return dataclasses.replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+        given = {name: getattr(self, name) for name in own}
+        return own | {name: value for name, value in given.items() if value is not None}
 
     def slice_settings(self) -> dict[str, Any]:
         """The fields of `SliceSettings`, resolved."""

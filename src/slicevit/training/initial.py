@@ -24,16 +24,19 @@ _OF_THE_METHOD = ("isolation", "scope")
 def with_slicing_of(config: TrainConfig, init: str, own_method: bool) -> TrainConfig:
     """`config` with the architecture of a saved model, and the grid and slicing that it was trained with.
 
-    The grid of a model of one width is not taken, nor with `own_method` what follows the method.
+    A model of several widths is not rewired by the method, which would undo what its narrow widths learned. Of a model
+    of one width the grid and what follows the method are not taken; nor is the latter with `own_method`.
+
     Raises ValueError when `init` names no saved model.
     """
     saved, _ = read_config(init)
     sliced = saved.get("slicevit", {})
-    names = (*_SLICING, *(() if own_method else _OF_THE_METHOD))
-    taken = {name: sliced[name] for name in names if name in sliced}
     grid = sliced.get("grid")
-    if grid is not None and len(WidthGrid.parse(grid)) > 1:
-        taken["grid"] = grid
+    widths = 1 if grid is None else len(WidthGrid.parse(grid))
+    names = (*_SLICING, *(() if own_method or widths == 1 else _OF_THE_METHOD))
+    taken = {name: sliced[name] for name in names if name in sliced}
+    if widths > 1:
+        taken |= {"grid": grid} | ({} if own_method else {"rewire": "off"})
     return replace(config, model=saved.get("architecture", config.model), model_args={}, **taken)
 
 

@@ -16,7 +16,7 @@ from slicevit.training import setup
 from slicevit.training.monitor import merge_losses
 from slicevit.training.progress import TrainProgress
 from slicevit.training.ranks import RankLost, is_connection, shared
-from slicevit.training.rewired import rewire_run
+from slicevit.training.rewired import prove_rewiring, rewire_when_due
 from slicevit.training.state import claim, load_checkpoint, save_checkpoint
 from slicevit.training.trainee import Trainee
 from slicevit.version import versions
@@ -50,8 +50,9 @@ class Keeper:
             changed = state is None or run.restore(state)
         except ValueError as error:
             raise ValueError(f"--resume {self.folder}: {error}") from None
-        if state is None and run.config.rewire != "off":
-            rewire_run(run, progress)
+        if state is None:
+            prove_rewiring(run)
+            rewire_when_due(run, progress)
         if changed:
             main(self.describe)
         if state is not None and (others := _other_versions(state)):

@@ -23,6 +23,7 @@ from slicevit.training.keeper import Keeper
 from slicevit.training.monitor import mean_losses, merge_losses
 from slicevit.training.progress import TrainProgress
 from slicevit.training.ranks import is_shared
+from slicevit.training.rewired import rewire_when_due
 from slicevit.training.signals import Interrupted, StopRequest
 from slicevit.training.trackers import Trackers
 from slicevit.training.trainee import Trainee
@@ -70,7 +71,7 @@ class Run(Trainee):
         progress.start_at(self.step)
         for epoch in range(first_epoch, math.ceil(self.total_steps / epoch_steps)):
             for images, targets in progress.waiting(self._batches(epoch)):
-                if self.change_grid(self.step):
+                if self.change_grid(self.step) | rewire_when_due(self, progress):
                     self.ranks.from_main(self.keeper.describe)
                 self.train_step(images, targets, bool(stop.signum))
                 signum = self._agreed(stop)

@@ -1,8 +1,9 @@
-"""The algorithms as settings of one training step.
+"""The algorithms as settings of a run and its steps.
 
 | method | widths of a step | narrower widths learn from | channels |
 |---|---|---|---|
 | scala | smallest, two sampled, full | labels and the next larger width | smallest isolated |
+| rotated | the same, after the full width alone and a rotation | the same | leading |
 | usnet | smallest, two sampled, full | the full width | leading |
 | autoformer | one, at random | labels | leading |
 | matformer | one, at random | labels | MLPs only, leading |
@@ -18,9 +19,10 @@ from typing import Literal, TypeAlias
 from slicevit.families import Scope
 from slicevit.widths import Isolation
 
+Rewire: TypeAlias = Literal["off", "permute", "rotate"]
 Draw: TypeAlias = Literal["stable", "free", "one", "full"]
 Transfer: TypeAlias = Literal["next", "full", "larger", "off"]
-MethodName: TypeAlias = Literal["scala", "usnet", "autoformer", "matformer", "separate"]
+MethodName: TypeAlias = Literal["scala", "rotated", "usnet", "autoformer", "matformer", "separate"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Method:
     transfer: which logits a narrower width is taught with: the next larger width's (PKT), the full width's, the
         mean of all larger ones of the step, or none.
     calibration: whether narrower widths also learn from labels (NC).
+    full_width_first: the share of a run from scratch that trains the full width alone, before any other.
+    rewire: what is done to the full width's weights before the others are trained (`slicevit.rewiring`).
     """
 
     isolation: Isolation = "off"
@@ -38,10 +42,13 @@ class Method:
     transfer: Transfer = "off"
     calibration: bool = True
     scope: Scope = "all"
+    full_width_first: float = 0.0
+    rewire: Rewire = "off"
 
 
 METHODS: dict[str, Method] = {
     "scala": Method("smallest", "stable", "next", True),
+    "rotated": Method("off", "stable", "next", True, full_width_first=2 / 3, rewire="rotate"),
     "usnet": Method("off", "free", "full", False),
     "autoformer": Method("off", "one", "off", True),
     "matformer": Method("off", "one", "off", True, "mlp"),

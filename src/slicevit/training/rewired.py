@@ -1,4 +1,4 @@
-"""Rewiring what a run begins with, before its first step."""
+"""Rewiring the full width of a run before narrower ones are trained: before its first step, or in the middle."""
 
 from __future__ import annotations
 
@@ -17,32 +17,50 @@ from slicevit.training.trainee import Trainee
 _BATCH = 16  # images between two steps of the bar
 
 
-def rewire_run(run: Trainee, progress: TrainProgress) -> None:
-    """Rewire the run's model as its configuration says; every rank must call this, and has the same weights after.
+def rewire_when_due(run: Trainee, progress: TrainProgress) -> bool:
+    """Rewire the run's model as its configuration says, where narrower widths are trained from this step on.
 
-    Importance is that of the first training images of the first epoch, as the run sees them. It is the logits' where
-    the head came with the weights, else the pooled features'. A resumed run has rewired weights in its checkpoint.
+    Every rank must call this, and has the same weights after. The optimizer and the learning rate begin anew, for the
+    channels are others. Importance is that of the first training images of the first epoch, as the run sees them. It
+    is the logits' where the head is trained, else the pooled features'. Returns whether it was due.
 
-    Raises ValueError naming --rewire when the model is not covered.
+    Raises ValueError naming the flag when the model is not covered.
     """
-    weights = run.ranks.from_main(lambda: _rewired(run, progress))
+    if run.rewired or run.step < run.full_width_steps:
+        return False
+    weights = run.ranks.from_main(lambda: _rewired(run, run.config.rewire_images, progress))
     run.model.load_state_dict(weights)
     if run.ema is not None:
         run.ema.module.load_state_dict(weights)
+    run.rewired = True
+    run.begin_stage()
+    return True
 
 
-def _rewired(run: Trainee, progress: TrainProgress) -> dict[str, Tensor]:
+def prove_rewiring(run: Trainee) -> None:
+    """Rewire the model on two images and put it back, where it is due later: what is not covered fails at once.
+
+    Every rank must call this. Raises ValueError naming the flag.
+    """
+    if not run.rewired and run.step < run.full_width_steps:
+        kept = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
+        run.ranks.from_main(lambda: _rewired(run, 2))
+        run.model.load_state_dict(kept)
+
+
+def _rewired(run: Trainee, images: int, progress: TrainProgress | None = None) -> dict[str, Tensor]:
     model, how = run.model, run.config.rewire
+    assert how is not None
     assert how != "off"
-    images_BCHW = torch.cat(list(_images(run)))
+    images_BCHW = torch.cat(list(_images(run, images)))
     batches = images_BCHW.split(_BATCH)
-    trained_head = run.num_classes > 0 and brings_head(run.config, model)
+    trained_head = run.num_classes > 0 and (run.full_width_steps > 0 or brings_head(run.config, model))
     try:
         if how == "rotate":
             fold_norms(model)
         importance = measure_importance(
             model,
-            progress.counted(batches, f"--rewire {how}"),
+            progress.counted(batches, f"--rewire {how}") if progress else batches,
             rotate=how == "rotate",
             outputs=None if trained_head else partial(_features, model),
             seed=run.config.seed,
@@ -57,9 +75,8 @@ def _features(model: ElasticModel, images_BCHW: Tensor) -> Tensor:
     return model.forward_head(model.forward_features(images_BCHW), pre_logits=True)
 
 
-def _images(run: Trainee) -> Iterator[Tensor]:
-    """The first training images, `rewire_images` of them, in batches (B, C, H, W)."""
-    wanted = run.config.rewire_images
+def _images(run: Trainee, wanted: int) -> Iterator[Tensor]:
+    """The first `wanted` training images, in batches (B, C, H, W)."""
     for images_BCHW, _ in run.loader.epoch(0):
         yield images_BCHW[:wanted].to(run.device)
         wanted -= len(images_BCHW)

@@ -54,19 +54,34 @@ class Trainee:
         self.ranks.together(self._open_data)
         self._compare_data()
         self._fit_memory()
-        projections = self.distiller.projections if self.distiller is not None else None
-        self.trained = [*self.model.parameters(), *(projections.parameters() if projections is not None else ())]
+        self.projections = self.distiller.projections if self.distiller is not None else None
+        self.trained = list(self.model.parameters())
+        if self.projections is not None:
+            self.trained += self.projections.parameters()
         self.gradients = SharedGradients(self.trained, self.ranks) if self.ranks.count > 1 else None
         self.graphs = self._make_graphs() if self.config.cuda_graphs else None
-        self.optimizer = setup.build_optimizer(self.config, self.model, self.ranks, projections)
-        epoch_steps = self.loader.steps_per_epoch
-        self.total_steps = max(1, round(self.config.epochs * epoch_steps))
-        self.schedule = setup.build_schedule(self.config, self.optimizer, self.total_steps, epoch_steps)
+        self.total_steps = max(1, round(self.config.epochs * self.loader.steps_per_epoch))
+        self.full_width_steps = round((self.config.full_width_first or 0) * self.total_steps)
+        self.rewired = self.config.rewire == "off"
+        self.begin_stage()
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.objective = self._objective()
         self.monitor = LossMonitor(self.device)
         self.step = 0
         self._last_images: Tensor | None = None
+
+    def begin_stage(self) -> None:
+        """A new optimizer and schedule: of the whole run, or of its part before or after the rewiring."""
+        self.optimizer = setup.build_optimizer(self.config, self.model, self.ranks, self.projections)
+        self.build_schedule()
+
+    def build_schedule(self) -> None:
+        """The learning rate of the stage that this step lies in, for the optimizer as it is."""
+        restarts = self.config.rewire != "off"
+        self.stage_start = self.full_width_steps if restarts and self.rewired else 0
+        end = self.total_steps if self.rewired or not self.full_width_steps else self.full_width_steps
+        steps, epoch_steps = end - self.stage_start, self.loader.steps_per_epoch
+        self.schedule = setup.build_schedule(self.config, self.optimizer, steps, epoch_steps)
 
     def _make_graphs(self) -> Graphs:
         if self.model.has_batch_norm:
@@ -136,7 +151,7 @@ class Trainee:
         """
         config = self.config
         setup.seed_step(config.seed, self.step, self.ranks.index)
-        self.schedule.step_update(self.step)
+        self.schedule.step_update(self.step - self.stage_start)
         images_BCHW, targets = self.mixer(images_BCHW, targets)
         losses = self._accumulate(images_BCHW, targets)
         if self.gradients is not None:
@@ -149,7 +164,7 @@ class Trainee:
         else:
             self.optimizer.zero_grad(set_to_none=self.graphs is None)
         if self.ema is not None:
-            self.ema.update(self.model, self.step)
+            self.ema.update(self.model, self.step - self.stage_start)
             self.ema.module.forget_statistics()
         if self.distiller is not None:
             self.distiller.update_average(self.step)
@@ -209,7 +224,7 @@ class Trainee:
 
     def widths_of(self, step: int, draw: int = 0) -> tuple[Fraction, ...]:
         """The widths that a draw of `step` trains, widest first."""
-        if step < self.config.full_width_epochs * self.loader.steps_per_epoch:
+        if step < self.full_width_steps:
             return (self.model.grid.largest,)
         assert self.config.sampling is not None
         rank = self.ranks.index if self.config.widths_per_rank == "own" else 0
@@ -246,6 +261,7 @@ class Trainee:
         """For the checkpoint, with the whole state of the optimizer."""
         return {
             "step": self.step,
+            "rewired": self.rewired,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": optimizer,
@@ -287,5 +303,6 @@ class Trainee:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"its checkpoint does not fit its config.json ({reason})") from None
         self.monitor.load_state_dict(state["losses"])
-        self.step = int(state["step"])
+        self.step, self.rewired = int(state["step"]), bool(state.get("rewired", True))
+        self.build_schedule()
         return self.change_grid(self.step - 1)  # the grid of the last step: its epoch may still want its metrics

@@ -164,6 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     ("flags", "said"),
     [
         (("--data", "nowhere"), "--data nowhere: nowhere/train/images is no folder"),
+        (("--method", "rotated"), "--method rotated is for classifiers: train one by it"),
         (("--width", "1/2"), "--width trains one width alone"),
         (("--method", "separate", "--width", "1/3"), "--width 1/3: "),
         (("--decoder-channels", "36"), "--decoder-channels must be a multiple of 8, got 36"),

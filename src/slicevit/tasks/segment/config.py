@@ -63,8 +63,8 @@ class SegmentConfig:
     """λ, the weight of the KL term."""
     transfer_ramp: float = 0.0
     """Share of the run over which λ grows from 0 to its value."""
-    full_width_epochs: float = 0.0
-    """Epochs at the start that train the full width alone."""
+    full_width_first: float = 0.0
+    """Share of the run, at its start, that trains the full width alone."""
 
     epochs: float = 100
     """Passes over the training images; a fraction is allowed."""
@@ -127,6 +127,8 @@ class SegmentConfig:
             raise ValueError(f"--decoder-channels must be a multiple of 8, got {self.decoder_channels}")
         if self.decoder not in get_args(Decoder):
             raise ValueError(f"--decoder {self.decoder} is unknown: give {' or '.join(get_args(Decoder))}")
+        if self.method == "rotated":
+            raise ValueError("--method rotated is for classifiers: train one by it, and give its folder as --init")
         if self.width is not None and self.method != SEPARATE:
             raise ValueError("--width trains one width alone: give --method separate with it")
         self.training()
