@@ -249,7 +249,7 @@ def test_gradient_checkpointing_changes_nothing(
     assert largest_difference(runs[0], one[torch.float64])[1] > 1e-4  # it did drop paths
 
 
-@pytest.mark.parametrize("method", ["separate", "usnet"])
+@pytest.mark.parametrize("method", ["separate", "usnet", "rotated"])
 def test_other_methods_on_two_ranks(method: str, data: Path, execute: Runner, tmp_path: Path) -> None:
     runs = [tmp_path / f"{ranks}" for ranks in (1, 2)]
     for run in runs:

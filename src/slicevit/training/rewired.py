@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -28,7 +29,8 @@ def rewire_when_due(run: Trainee, progress: TrainProgress) -> bool:
     """
     if run.rewired or run.step < run.full_width_steps:
         return False
-    weights = run.ranks.from_main(lambda: _rewired(run, run.config.rewire_images, progress))
+    images_BCHW = _first_images(run, run.config.rewire_images)
+    weights = run.ranks.from_main(lambda: _rewired(run, images_BCHW, progress))
     run.model.load_state_dict(weights)
     if run.ema is not None:
         run.ema.module.load_state_dict(weights)
@@ -44,15 +46,15 @@ def prove_rewiring(run: Trainee) -> None:
     """
     if not run.rewired and run.step < run.full_width_steps:
         kept = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
-        run.ranks.from_main(lambda: _rewired(run, 2))
+        images_BCHW = _first_images(run, 2)
+        run.ranks.from_main(lambda: _rewired(run, images_BCHW))
         run.model.load_state_dict(kept)
 
 
-def _rewired(run: Trainee, images: int, progress: TrainProgress | None = None) -> dict[str, Tensor]:
+def _rewired(run: Trainee, images_BCHW: Tensor, progress: TrainProgress | None = None) -> dict[str, Tensor]:
     model, how = run.model, run.config.rewire
     assert how is not None
     assert how != "off"
-    images_BCHW = torch.cat(list(_images(run, images)))
     batches = images_BCHW.split(_BATCH)
     trained_head = run.num_classes > 0 and (run.full_width_steps > 0 or brings_head(run.config, model))
     try:
@@ -75,10 +77,17 @@ def _features(model: ElasticModel, images_BCHW: Tensor) -> Tensor:
     return model.forward_head(model.forward_features(images_BCHW), pre_logits=True)
 
 
-def _images(run: Trainee, wanted: int) -> Iterator[Tensor]:
-    """The first `wanted` training images, in batches (B, C, H, W)."""
+def _first_images(run: Trainee, wanted: int) -> Tensor:
+    """The first `wanted` training images (B, C, H, W), on every rank, whatever the number of ranks."""
+    share = math.ceil(wanted / run.ranks.count)
+    own_BCHW = run.ranks.together(lambda: torch.cat(list(_own_images(run, share))).cpu())
+    parts = run.ranks.gather(own_BCHW)  # each rank's are every so many-th of all
+    return torch.stack(parts, dim=1).flatten(0, 1)[:wanted].to(run.device)
+
+
+def _own_images(run: Trainee, wanted: int) -> Iterator[Tensor]:
     for images_BCHW, _ in run.loader.epoch(0):
-        yield images_BCHW[:wanted].to(run.device)
+        yield images_BCHW[:wanted]
         wanted -= len(images_BCHW)
         if wanted <= 0:
             return
