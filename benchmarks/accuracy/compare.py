@@ -6,7 +6,7 @@
 Every run is a folder below --work: a run that is there is not trained again, one that was stopped goes on. The rows
 of the main table are trained with seed 0 at every learning rate, and at a further one where the best is the lowest or
 the highest; the best mean top-1 over 1/4, 1/2, 3/4, 1 gives the rate of the other seeds. The other rows take the rate
-that Scala found on their grid (those that begin with the full width, that of separate training), and seed 0. What a
+that Scala found on their grid (those of the method `rotated`, that of separate training), and seed 0. What a
 row needs of others (their search, a teacher) is trained first. The table and the picture are written anew from
 whatever is there.
 """

@@ -74,8 +74,8 @@ class Row:
     """A line of the table.
 
     changes: what it changes in the scale's configuration.
-    rate_of: the row whose learning rate it takes; None where it has a search of its own. Rows that begin with the
-        full width alone take that of separate training.
+    rate_of: the row whose learning rate it takes; None where it has a search of its own. Rows of the method
+        `rotated` take that of separate training.
     taught: by the separately trained full width of seed 0. tuned: starts from that width's weights.
     """
 
@@ -167,5 +167,5 @@ def table_parts(scale: Scale) -> dict[str, Part]:
             "Leads",
             ("weight", "ramp", "warm-up", "teacher", "no-ia", "xavier", "larger", "draws-2", "draws-4", "half-full"),
         ),
-        "rotated": Part("The full width first", ("rotated", "rotated-70", "rotated-isolated", "rotated-not")),
+        "full-width-first": Part("The full width first", ("rotated", "rotated-70", "rotated-isolated", "rotated-not")),
     }

@@ -31,7 +31,8 @@ def write_table(comparison: Comparison, out: Path | None) -> None:
         {"benchmark": "accuracy/compare", **comparison.plan, **stamp(), "rows": figures, "unseen": unseen}
     )
     text = _markdown(comparison, figures, unseen)
-    records = [_record(comparison, name, seeds) for name, seeds in hits.items() if seeds and name in _main(comparison)]
+    drawn = (*comparison.parts["main"].rows, "rotated")
+    records = [_record(comparison, name, seeds) for name, seeds in hits.items() if seeds and name in drawn]
     places = [comparison.work / "compare.json"] + ([out] if out else [])
     for place in places:
         write_text(place, line + "\n")
@@ -39,10 +40,6 @@ def write_table(comparison: Comparison, out: Path | None) -> None:
         if records:
             plot_frontier(records, place.with_suffix(".png"))
     print(f"{text}\n{line}")
-
-
-def _main(comparison: Comparison) -> tuple[str, ...]:
-    return comparison.parts["main"].rows
 
 
 def _seeds(comparison: Comparison, name: str) -> dict[int, Path]:
@@ -119,7 +116,7 @@ def _markdown(comparison: Comparison, figures: dict[str, Any], unseen: dict[str,
         "Top-1 in per cent by width, ± its standard deviation over seeds; differences of the mean over the four widths "
         "with paired 95 % intervals (bootstrap over images and the seeds that both have). With one seed an interval "
         "speaks of the images alone. The search is on seed 0: mean top-1 by learning rate; without one, the rate is "
-        "that of Scala on the same grid.",
+        "that of Scala on the same grid, or, of the method rotated, that of separate training.",
     ]
     for part in comparison.parts.values():
         minus = [f"− {comparison.rows[name].title}" for name in part.references]

@@ -77,6 +77,16 @@ def test_the_grid_of_a_model_of_one_width_is_not_taken(tmp_path: Path) -> None:
     assert _parse_train(["--data", "DATA", "--init", str(tmp_path)], None).grid == plain.grid != "1:1:1"
 
 
+@pytest.mark.parametrize(("grid", "layout"), [("1:1:1", "per_head"), ("1/4:1:1/4", "flat")])
+def test_a_flat_model_is_trained_by_another_method_than_the_presets(tmp_path: Path, grid: str, layout: str) -> None:
+    """`rotated`, which the preset has, would refuse its layout; a model of one width has none of its own."""
+    small = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    slicevit.create_model("vit_tiny_patch16_224", grid, layout="flat", **small).save_pretrained(tmp_path)
+    for flags in ([], ["--method", "scala"], ["--method", "usnet"]):
+        config = _parse_train(["--init", str(tmp_path), *flags], "fashion")
+        assert config.layout == layout
+
+
 def test_only_a_model_of_one_width_is_turned_by_the_method(tmp_path: Path) -> None:
     """In one of several widths the narrow ones are trained already; --rewire says otherwise."""
     small = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -85,6 +95,7 @@ def test_only_a_model_of_one_width_is_turned_by_the_method(tmp_path: Path) -> No
         slicevit.create_model("vit_tiny_patch16_224", grid, isolation=isolation, **small).save_pretrained(init)
         config = _parse_train(["--init", str(init)], "fashion").resolved()
         several = isolation == "smallest"
-        assert (config.method, config.full_width_first) == ("rotated", 0.0)
-        assert (config.rewire, config.isolation) == (("off", "smallest") if several else ("rotate", "off"))
+        assert config.full_width_first == 0.0
+        got = (config.method, config.rewire, config.isolation)
+        assert got == (("scala", "off", "smallest") if several else ("rotated", "rotate", "off"))
         assert _parse_train(["--init", str(init), "--rewire", "permute"], "fashion").resolved().rewire == "permute"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import slicevit
 from slicevit import cli
+from slicevit.training.keeper import Keeper
 from slicevit.training.runs import read_train_config
 from slicevit.training.trainee import Trainee
 
@@ -139,8 +140,46 @@ def test_what_cannot_be_turned_fails_before_its_full_width_is_trained(
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", *SEEN, *swin, *COMMON, *ROTATED, "--grid", "1/2:1:1/2", "--out", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "--rewire rotate: rewiring by rotation does not go with this model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--method rotated: rewiring by rotation does not go with this model" in said
+    assert "give --method scala" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverged_is_not_rotated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = ["--lr", "1e30", "--warmup-epochs", "0", "--epochs", "0.0375", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *SEEN, *TINY, *COMMON, *ROTATED, *wild])
+    assert stop.value.code == 2
+    assert "is not finite" in (said := capsys.readouterr().err)
+    assert "lower --lr" in said
+
+
+def test_the_average_is_what_is_rotated(tmp_path: Path, train_quickly: Callable[[list[str]], None]) -> None:
+    """With a decay that keeps the first weights, all narrow widths would begin from other ones than were evaluated."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    began = Trainee.begin_stage
+    images = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+    def recorded(run: Trainee) -> None:
+        if run.rewired:
+            run.model.eval()
+            seen.append((run.model(images).detach(), run.ema.module.eval()(images).detach()))
+            run.model.train()
+        began(run)
+
+    average: list[Tensor] = []
+
+    def saved(keeper: Keeper) -> None:
+        average.append(keeper.run.evaluated.eval()(images).detach())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainee, "begin_stage", recorded)
+        patch.setattr(Keeper, "save", saved)
+        train_quickly([*SEEN, *TINY, *COMMON, *ROTATED, "--ema-decay", "0.9", "--out", str(tmp_path / "run")])
+    [(turned, copied)] = seen
+    torch.testing.assert_close(turned, average[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(copied, average[0], rtol=0, atol=1e-5)
 
 
 class _Killed(Exception):
@@ -174,12 +213,18 @@ def test_a_file_of_weights(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--rewire"], "--rewire needs trained weights: give --init pretrained"),
+        (["--rewire"], "--rewire permute needs trained weights: give --init pretrained"),
         (["--rewire", "sideways", "--init", "pretrained"], "--rewire"),
         (["--rewire", "--init", "pretrained", "--layout", "flat"], "--layout per_head"),
         (["--method", "rotated", "--layout", "flat"], "--method rotated goes with --layout per_head"),
         (["--method", "rotated", "--full-width-first", "0"], "--method rotated needs trained weights"),
         (["--method", "rotated", "--full-width-first", "1"], "--full-width-first must lie in [0, 1)"),
+        (["--method", "rotated", "--epochs", "0.0125"], "1 of 1 steps, and both the full width and all widths need"),
+        (["--method", "rotated", "--full-width-first", "0.01", "--epochs", "0.1"], "is 0 of 8 steps"),
+        (
+            ["--method", "rotated", "--teacher-objective", "features", "--teacher", "vit_tiny_patch16_224"],
+            "--method rotated does not go with --teacher-objective features, which trains no head: give --method scala",
+        ),
         (["--rewire", "--init", "pretrained", "--method", "separate"], "--method separate trains each width alone"),
         (["--rewire-images", "0"], "--rewire-images must be above 0"),
     ],

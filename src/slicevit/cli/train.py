@@ -15,6 +15,7 @@ from slicevit.cli.launch import launch
 from slicevit.cli.options import gives, parse, speaks, take_model_args, take_option
 from slicevit.training.config import TrainConfig
 from slicevit.training.initial import require_same_model, with_slicing_of
+from slicevit.training.methods import METHODS
 from slicevit.training.presets import PRESETS, preset
 
 
@@ -33,12 +34,15 @@ def _parse_train(arguments: list[str], name: str | None) -> TrainConfig:
     if name is None:
         name = "own-data" if gives(arguments, "--data") or gives(arguments, "--model") else "fashion"
     default = preset(name)
+    if (method := take_option(arguments, "--method")[0]) in METHODS:
+        chosen: dict[str, Any] = {"method": method}
+        default = replace(default, **chosen)  # before anything of it is looked at
     own = {} if gives(arguments, "--model") else default.model_args  # a preset's arguments are its model's
     default = replace(default, model_args=own | (model_args or {}))
     init, _ = take_option(arguments, "--init")
     if init not in (None, "scratch", "pretrained") and not Path(init).is_file():
         require_same_model(init, take_option(arguments, "--model")[0], model_args or {})
-        default = with_slicing_of(default, init, own_method=gives(arguments, "--method"))
+        default = with_slicing_of(default, init, own_method=method is not None)
     description = (
         "Train one network whose width can be cut at run time. Further flags: --preset "
         f"{{{','.join(PRESETS)}}}, --out FOLDER, --resume RUN, --model-args key=value ..."

@@ -72,7 +72,7 @@ class TrainConfig:
     transfer_weight: float = 1.0
     """λ, the weight of the KL term."""
     transfer_ramp: float = 0.0
-    """Share of the run over which λ grows from 0 to its value."""
+    """Share of the steps of narrower widths over which λ grows from 0 to its value."""
     full_width_first: float | None = None
     """Share of the run, at its start, that trains the full width alone; none by default where the weights come from
     --init. With --rewire the optimizer and the learning rate's schedule begin anew after it."""
@@ -244,21 +244,26 @@ class TrainConfig:
         own = self.of_method()
         if own["rewire"] == "off":
             return
-        flag = f"--method {self.method}" if self.rewire is None else "--rewire"
+        flag, instead = self.rewire_flag()
         if self.init == "scratch" and not own["full_width_first"]:
             raise ValueError(
                 f"{flag} needs trained weights: give --init pretrained, a run's folder or a file, or a share of the "
                 "run that trains them, such as --full-width-first 0.667"
             )
-        if own["full_width_first"] and not self.learns_labels:
-            raise ValueError(
-                f"{flag} with --full-width-first does not go with --teacher-objective features, whose projections "
-                "would have to be learned anew: give --init, or --method scala"
-            )
+        if (own["rewire"] == "rotate" or own["full_width_first"]) and not self.learns_labels:
+            raise ValueError(f"{flag} does not go with --teacher-objective features, which trains no head: {instead}")
         if self.method == "separate":
             raise ValueError("--rewire is for a model that is sliced: --method separate trains each width alone")
         if self.layout != "per_head" or self.heads != "fixed":
-            raise ValueError(f"{flag} goes with --layout per_head and --heads fixed, not {self.layout}, {self.heads}")
+            raise ValueError(
+                f"{flag} goes with --layout per_head and --heads fixed, not {self.layout}, {self.heads}: {instead}"
+            )
+
+    def rewire_flag(self) -> tuple[str, str]:
+        """The flag that asks for rewiring, and what to do without it."""
+        if METHODS[self.method].rewire == self.rewire or self.rewire is None:
+            return f"--method {self.method}", "give --method scala"
+        return f"--rewire {self.rewire}", "leave it out"
 
     @property
     def learns_labels(self) -> bool:
@@ -299,15 +304,15 @@ class TrainConfig:
 
     def of_method(self) -> dict[str, Any]:
         """The fields that follow the method, as they are given or else as it has them."""
-        method = METHODS[self.method]
+        method, narrower = METHODS[self.method], len(WidthGrid.parse(self.grid)) > 1
         own: dict[str, Any] = {
             "isolation": method.isolation,
             "transfer": method.transfer,
             "sampling": method.draw,
             "calibration": method.calibration,
             "scope": method.scope,
-            "full_width_first": method.full_width_first if self.init == "scratch" else 0.0,
-            "rewire": method.rewire,
+            "full_width_first": method.full_width_first if narrower and self.init == "scratch" else 0.0,
+            "rewire": method.rewire if narrower else "off",
         }
         given = {name: getattr(self, name) for name in own}
         return own | {name: value for name, value in given.items() if value is not None}
@@ -321,9 +326,18 @@ class TrainConfig:
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """A configuration from config.json. Raises ValueError naming what this version does not know."""
+    values = renamed(values)
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(values.keys() - known)
     if unknown:
         raise ValueError(f"config.json has training fields that this version does not know: {', '.join(unknown)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return TrainConfig(**values)
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of an older config.json under today's names: epochs of the full width alone are a share of the run."""
+    if "full_width_epochs" not in values:
+        return values
+    share = values["full_width_epochs"] / values["epochs"]
+    return {name: value for name, value in values.items() if name != "full_width_epochs"} | {"full_width_first": share}

@@ -40,6 +40,7 @@ def _deit_base(grid: str = X13) -> TrainConfig:
         epochs=300,
         lr=2e-3,
         warmup_epochs=5,
+        full_width_first=1 / 30,
         rand_augment="rand-m4-mstd0.5-inc1",
     )
 
@@ -203,4 +204,5 @@ def deit_base_imagenet_dinov2() -> TrainConfig:
         model="deit_base_patch16_224",
         epochs=300,
         warmup_epochs=5,
+        full_width_first=1 / 30,
     )

@@ -18,14 +18,15 @@ from slicevit.widths import WidthGrid
 C = TypeVar("C")
 
 _SLICING = ("layout", "attn_scale", "norm_eps", "heads")
+_OF_THE_MODEL = ("norm_eps",)
 _OF_THE_METHOD = ("isolation", "scope")
 
 
 def with_slicing_of(config: TrainConfig, init: str, own_method: bool) -> TrainConfig:
     """`config` with the architecture of a saved model, and the grid and slicing that it was trained with.
 
-    A model of several widths is not rewired by the method, which would undo what its narrow widths learned. Of a model
-    of one width the grid and what follows the method are not taken; nor is the latter with `own_method`.
+    A model of several widths is trained by `scala` instead of `rotated`, which would undo what its narrow widths
+    learned. With `own_method` what follows the method is not taken, nor of a model of one width how it was sliced.
 
     Raises ValueError when `init` names no saved model.
     """
@@ -33,10 +34,12 @@ def with_slicing_of(config: TrainConfig, init: str, own_method: bool) -> TrainCo
     sliced = saved.get("slicevit", {})
     grid = sliced.get("grid")
     widths = 1 if grid is None else len(WidthGrid.parse(grid))
-    names = (*_SLICING, *(() if own_method or widths == 1 else _OF_THE_METHOD))
+    names = (*(_SLICING if widths > 1 else _OF_THE_MODEL), *(() if own_method or widths == 1 else _OF_THE_METHOD))
     taken = {name: sliced[name] for name in names if name in sliced}
     if widths > 1:
-        taken |= {"grid": grid} | ({} if own_method else {"rewire": "off"})
+        taken["grid"] = grid
+    if widths > 1 and not own_method and config.method == "rotated":
+        taken["method"] = "scala"
     return replace(config, model=saved.get("architecture", config.model), model_args={}, **taken)
 
 

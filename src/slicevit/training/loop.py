@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from slicevit.training.keeper import Keeper
 from slicevit.training.monitor import mean_losses, merge_losses
 from slicevit.training.progress import TrainProgress
 from slicevit.training.ranks import is_shared
-from slicevit.training.rewired import rewire_when_due
+from slicevit.training.rewired import is_due, rewire_when_due
 from slicevit.training.signals import Interrupted, StopRequest
 from slicevit.training.trackers import Trackers
 from slicevit.training.trainee import Trainee
@@ -71,6 +72,8 @@ class Run(Trainee):
         progress.start_at(self.step)
         for epoch in range(first_epoch, math.ceil(self.total_steps / epoch_steps)):
             for images, targets in progress.waiting(self._batches(epoch)):
+                if is_due(self):
+                    self.keeper.save()  # what was trained so far, if it is finite
                 if self.change_grid(self.step) | rewire_when_due(self, progress):
                     self.ranks.from_main(self.keeper.describe)
                 self.train_step(images, targets, bool(stop.signum))
@@ -154,8 +157,13 @@ class Run(Trainee):
             world_size=self.ranks.count,
         )
         if self.distiller is not None:
-            return self.distiller.evaluate(model, model.widths, batches, self.ranks)
-        return measure_accuracy(model, model.widths, batches)
+            return self.distiller.evaluate(model, self._trained_widths(), batches, self.ranks)
+        return measure_accuracy(model, self._trained_widths(), batches)
+
+    def _trained_widths(self) -> Sequence[Fraction]:
+        """The legal widths, or the full one where no other was trained yet."""
+        alone = 0 < self.step <= self.full_width_steps < self.total_steps
+        return self.model.widths[-1:] if alone else self.model.widths
 
     def _scored(self) -> dict[str, Any]:
         """What `_evaluate` gives, with BatchNorm statistics of the weights as they are, the same ones on every rank."""

@@ -23,12 +23,15 @@ def rewire_when_due(run: Trainee, progress: TrainProgress) -> bool:
 
     Every rank must call this, and has the same weights after. The optimizer and the learning rate begin anew, for the
     channels are others. Importance is that of the first training images of the first epoch, as the run sees them. It
-    is the logits' where the head is trained, else the pooled features'. Returns whether it was due.
+    is the logits' where the head is trained, else the pooled features'. Where there is an average of the weights, it is
+    what is rewired. Returns whether it was due.
 
     Raises ValueError naming the flag when the model is not covered.
     """
-    if run.rewired or run.step < run.full_width_steps:
+    if not is_due(run):
         return False
+    if run.ema is not None:
+        run.model.load_state_dict(run.ema.module.state_dict())
     images_BCHW = _first_images(run, run.config.rewire_images)
     weights = run.ranks.from_main(lambda: _rewired(run, images_BCHW, progress))
     run.model.load_state_dict(weights)
@@ -39,12 +42,17 @@ def rewire_when_due(run: Trainee, progress: TrainProgress) -> bool:
     return True
 
 
+def is_due(run: Trainee) -> bool:
+    """Whether the next step trains narrower widths, and rewiring comes before."""
+    return not run.rewired and run.step >= run.full_width_steps
+
+
 def prove_rewiring(run: Trainee) -> None:
     """Rewire the model on two images and put it back, where it is due later: what is not covered fails at once.
 
     Every rank must call this. Raises ValueError naming the flag.
     """
-    if not run.rewired and run.step < run.full_width_steps:
+    if not run.rewired and not is_due(run):
         kept = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
         images_BCHW = _first_images(run, 2)
         run.ranks.from_main(lambda: _rewired(run, images_BCHW))
@@ -69,7 +77,8 @@ def _rewired(run: Trainee, images_BCHW: Tensor, progress: TrainProgress | None =
         )
         rewire(model, importance, how, images_BCHW[:2])
     except ValueError as error:
-        raise ValueError(f"--rewire {how}: {error}") from None
+        flag, instead = run.config.rewire_flag()
+        raise ValueError(f"{flag}: {error}; or {instead}") from None
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 

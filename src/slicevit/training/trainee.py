@@ -63,12 +63,21 @@ class Trainee:
         self.total_steps = max(1, round(self.config.epochs * self.loader.steps_per_epoch))
         self.full_width_steps = round((self.config.full_width_first or 0) * self.total_steps)
         self.rewired = self.config.rewire == "off"
+        self._check_stages()
         self.begin_stage()
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.objective = self._objective()
         self.monitor = LossMonitor(self.device)
         self.step = 0
         self._last_images: Tensor | None = None
+
+    def _check_stages(self) -> None:
+        first, steps = self.config.full_width_first, self.full_width_steps
+        if not self.rewired and first and not 0 < steps < self.total_steps:
+            raise ValueError(
+                f"--full-width-first {first:.3g} is {steps} of {self.total_steps} steps, and both the full width and "
+                "all widths need some: give more --epochs, another share, or --method scala"
+            )
 
     def begin_stage(self) -> None:
         """A new optimizer and schedule: of the whole run, or of its part before or after the rewiring."""
@@ -233,9 +242,9 @@ class Trainee:
         return leave_out_full(widths, self.config.full_width_share, self.config.seed, step, nth)
 
     def transfer_weight(self) -> float:
-        """λ at this step: it grows from 0 over `transfer_ramp` of the run."""
-        ramp = self.config.transfer_ramp * self.total_steps
-        return self.config.transfer_weight * min(1.0, self.step / ramp if ramp else 1.0)
+        """λ at this step: it grows from 0 over `transfer_ramp` of the steps that train narrower widths."""
+        ramp = self.config.transfer_ramp * (self.total_steps - self.full_width_steps)
+        return self.config.transfer_weight * min(1.0, (self.step - self.full_width_steps) / ramp if ramp else 1.0)
 
     def change_grid(self, step: int) -> bool:
         """Take the grid of `step` where `grid_change` asks for it; returns whether it was another before."""

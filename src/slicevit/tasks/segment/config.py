@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from slicevit.data.masks import Layout as Folders
 from slicevit.dense.segmenter import Decoder
 from slicevit.families import Layout
-from slicevit.training.config import TrainConfig
+from slicevit.training.config import TrainConfig, renamed
 from slicevit.training.methods import SEPARATE, Draw, MethodName, Transfer
 from slicevit.training.trackers import TrackerName
 from slicevit.widths import Isolation
@@ -149,6 +149,7 @@ class SegmentConfig:
 
 def from_dict(values: dict[str, Any]) -> SegmentConfig:
     """A configuration from config.json. Raises ValueError naming what this version does not know."""
+    values = renamed(values)
     known = {field.name for field in dataclasses.fields(SegmentConfig)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"config.json has fields that this version does not know: {', '.join(unknown)}")

@@ -83,7 +83,7 @@ class SegmentRun(loop.Run):
     def _evaluate(self) -> dict[str, SegmentationScore]:
         model, config = self.evaluated, self.config
         return measure_masks(
-            model, model.widths, self.recipe, self.val_set, config.workers, config.max_bad_share, self.ranks
+            model, self._trained_widths(), self.recipe, self.val_set, config.workers, config.max_bad_share, self.ranks
         )
 
     def _finish(self) -> list[SegmentResult]:
