@@ -301,6 +301,8 @@ class Trainee:
 
         Raises ValueError when it does not fit the configuration.
         """
+        self.step, self.rewired = int(state["step"]), bool(state.get("rewired", True))
+        self.build_schedule()  # which sets learning rates, as the optimizer's state does after it
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -312,6 +314,4 @@ class Trainee:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"its checkpoint does not fit its config.json ({reason})") from None
         self.monitor.load_state_dict(state["losses"])
-        self.step, self.rewired = int(state["step"]), bool(state.get("rewired", True))
-        self.build_schedule()
         return self.change_grid(self.step - 1)  # the grid of the last step: its epoch may still want its metrics
