@@ -1,4 +1,4 @@
-"""The default demo against its baselines, each at its own best learning rate from the same search, three seeds.
+"""The demo by the paper's method against its baselines, each at its own best learning rate from the same search, three seeds.
 
     python benchmarks/accuracy/demo.py --work runs/demo --jobs 2
 
