@@ -1,4 +1,4 @@
-"""The demo by the paper's method against its baselines, each at its own best learning rate from the same search, three seeds.
+"""The demo by the paper's method against its baselines: one learning-rate search for all, three seeds.
 
     python benchmarks/accuracy/demo.py --work runs/demo --jobs 2
 
