@@ -42,7 +42,7 @@ from slicevit.training.signals import Interrupted, StopRequest
 
 WIDTHS = ("1/4", "1/2", "3/4", "1")
 NOT_FINITE = "not-finite.txt"
-ALONE: dict[str, Any] = {"method": "separate", "grid": "1/4:1:1/4", "transfer_ramp": 0.0, "full_width_first": 0.0}
+ALONE: dict[str, Any] = {"method": "separate", "grid": "1/4:1:1/4"}
 _KINDS = {TrainConfig: runs, SegmentConfig: segment_runs, DetectConfig: detect_runs}
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from slicevit.published import PUBLISHED
 from slicevit.training.config import TrainConfig
 from slicevit.training.presets import preset
-
-X4, X7, X13 = "1/4:1:1/4", "1/4:1:1/8", "1/4:1:1/16"
+from slicevit.training.recipes import X4, X7, X13
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
     def coarse(title: str, **changes: Any) -> Row:
         return Row(title, {"grid": X4} | changes, "scala-x4")
 
-    def alone(title: str, **changes: Any) -> Row:
+    def rotated(title: str, **changes: Any) -> Row:
         return Row(title, {"method": "rotated"} | changes, "separate")
 
     heads = {"model_args": base.model_args | scale.head_args}
@@ -133,10 +132,10 @@ def table_rows(scale: Scale, base: TrainConfig, epochs: float) -> dict[str, Row]
         "draws-2": one("two draws of widths a step", width_draws=2),
         "draws-4": one("four draws of widths a step", width_draws=4),
         "half-full": one("full width in half of the steps, as much work", full_width_share=0.5, epochs=epochs * 4 / 3),
-        "rotated": alone("rotated, as much work", epochs=epochs * 1.5),
-        "rotated-70": alone("rotated, 0.7 of the work", epochs=epochs * 1.045),
-        "rotated-isolated": alone("rotated, the smallest isolated", epochs=epochs * 1.5, isolation="smallest"),
-        "rotated-not": alone("the same, not rotated, one cosine", epochs=epochs * 1.5, rewire="off"),
+        "rotated": rotated("rotated, as much work", epochs=epochs * 1.5),
+        "rotated-70": rotated("rotated, 0.7 of the work", epochs=epochs * 1.045),
+        "rotated-isolated": rotated("rotated, the smallest isolated", epochs=epochs * 1.5, isolation="smallest"),
+        "rotated-not": rotated("the same, not rotated, one cosine", epochs=epochs * 1.5, rewire="off"),
     }
     if scale.head_args:
         rows["heads-fixed"] = coarse("all heads kept, X = 4", **heads)

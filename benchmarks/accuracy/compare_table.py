@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common_runs import WIDTHS, accuracies, correct, difference, stamp
-from compare_rows import X7
 
 from slicevit.evaluation.frontier import RunRecord, plot_frontier
 from slicevit.evaluation.results import WidthResult, read_results
 from slicevit.files import write_text
+from slicevit.training.recipes import X7
 from slicevit.widths import WidthGrid
 
 if TYPE_CHECKING:

@@ -48,18 +48,25 @@ def is_due(run: Trainee) -> bool:
 
 
 def prove_rewiring(run: Trainee) -> None:
-    """Rewire the model on two images and put it back, where it is due later: what is not covered fails at once.
+    """Rewire the model on two random images and put it back, where it is due later: what is not covered fails at once.
 
     Every rank must call this. Raises ValueError naming the flag.
     """
     if not run.rewired and not is_due(run):
         kept = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
-        images_BCHW = _first_images(run, 2)
-        run.ranks.from_main(lambda: _rewired(run, images_BCHW))
+        size = (2, run.transform.in_chans, *run.transform.img_size)
+        images_BCHW = torch.randn(size, generator=torch.Generator().manual_seed(run.config.seed)).to(run.device)
+        run.ranks.from_main(lambda: _rewire(run, images_BCHW))
         run.model.load_state_dict(kept)
 
 
-def _rewired(run: Trainee, images_BCHW: Tensor, progress: TrainProgress | None = None) -> dict[str, Tensor]:
+def _rewired(run: Trainee, images_BCHW: Tensor, progress: TrainProgress) -> dict[str, Tensor]:
+    """The rewired weights, for the other ranks too."""
+    _rewire(run, images_BCHW, progress)
+    return {name: tensor.detach().cpu() for name, tensor in run.model.state_dict().items()}
+
+
+def _rewire(run: Trainee, images_BCHW: Tensor, progress: TrainProgress | None = None) -> None:
     model, how = run.model, run.config.rewire
     assert how is not None
     assert how != "off"
@@ -79,7 +86,6 @@ def _rewired(run: Trainee, images_BCHW: Tensor, progress: TrainProgress | None =
     except ValueError as error:
         flag, instead = run.config.rewire_flag()
         raise ValueError(f"{flag}: {error}; or {instead}") from None
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
 def _features(model: ElasticModel, images_BCHW: Tensor) -> Tensor:
