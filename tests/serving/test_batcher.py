@@ -218,8 +218,11 @@ def test_the_call_that_runs_and_those_who_go_first_count(engine: FakeEngine, sta
 
 
 def test_lasting_overload(engine: FakeEngine) -> None:
-    """Asked 600 a second where 266 can be answered, it answers nearly as many, in large batches."""
-    slow = [{"width": str(row.width), "top1": row.top1, "latency_ms": _times(row.latency_ms, 10)} for row in TABLE.rows]
+    """Asked 200 a second where 89 can be answered, it answers nearly as many, in large batches.
+
+    The calls take 30 to 780 ms, so that a pause of the machine is short beside them.
+    """
+    slow = [{"width": str(row.width), "top1": row.top1, "latency_ms": _times(row.latency_ms, 30)} for row in TABLE.rows]
     table = Profile.parse(slow)
     engine.before = lambda images_BCHW, width: time.sleep(table.row(width).latency(len(images_BCHW)) / 1000)
     batcher = Batcher(
@@ -227,17 +230,17 @@ def test_lasting_overload(engine: FakeEngine) -> None:
     )
     batcher.start()
     begin, futures = milliseconds(), []
-    for n in range(900):
-        due = begin + n / 0.6
+    for n in range(800):
+        due = begin + n / 0.2
         time.sleep(max(0.0, due - milliseconds()) / 1000)
         now = milliseconds()
-        if not batcher.too_late(now + 300):
-            futures.append((now, batcher.submit(image(0), now, now + 300)))
+        if not batcher.too_late(now + 900):
+            futures.append((now, batcher.submit(image(0), now, now + 900)))
     seconds = (milliseconds() - begin) / 1000
     batcher.stop()
     answered = [(now, future.result()) for now, future in futures if future.exception() is None]
-    in_time = [answer for now, answer in answered if answer.finished <= now + 300]
-    assert len(in_time) > 0.5 * 266 * seconds
+    in_time = [answer for now, answer in answered if answer.finished <= now + 900]
+    assert len(in_time) > 0.5 * 89 * seconds
     assert len(in_time) > 0.8 * len(answered)
     assert sum(answer.batch for answer in in_time) > 5 * len(in_time)
     assert sum(answer.width == QUARTER for answer in in_time) > 0.7 * len(in_time)
