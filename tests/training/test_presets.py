@@ -33,3 +33,4 @@ def test_the_papers_recipe(size: str) -> None:
 def test_an_older_run_keeps_its_epochs_of_the_full_width() -> None:
     config = from_dict({"epochs": 20, "full_width_epochs": 5.0, "rewire": "off", "isolation": "smallest"})
     assert config.full_width_first == 0.25
+    assert from_dict({"epochs": 5, "full_width_epochs": 5.0}).full_width_first == pytest.approx(1)

@@ -132,16 +132,23 @@ def test_a_run_of_the_method_rotated_resumes_as_it_was(
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+SWIN = ["--model", "swin_tiny_patch4_window7_224", "--model-args", "img_size=28", "in_chans=1", "window_size=7",
+        "embed_dim=16", "depths=[1,1]", "num_heads=[1,2]"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(SWIN, "it covers plain ViTs"), ([*TINY, "qkv_bias=False"], "a layer behind a norm has no bias")],
+    ids=["Swin", "no bias"],
+)
 def test_what_cannot_be_turned_fails_before_its_full_width_is_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    swin = ["--model", "swin_tiny_patch4_window7_224", "--model-args", "img_size=28", "in_chans=1", "window_size=7",
-            "embed_dim=16", "depths=[1,1]", "num_heads=[1,2]"]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", *SEEN, *swin, *COMMON, *ROTATED, "--grid", "1/2:1:1/2", "--out", str(tmp_path / "run")])
+        cli.main(["train", *SEEN, *model, *COMMON, *ROTATED, "--grid", "1/2:1:1/2", "--out", str(tmp_path / "run")])
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert "--method rotated: rewiring by rotation does not go with this model" in said
+    assert f"--method rotated: rewiring by rotation does not go with this model: {reason}" in said
     assert "give --method scala" in said
     assert not (tmp_path / "run").exists()
 

@@ -22,8 +22,8 @@ def parse(kind: type[T], arguments: list[str], command: str, **options: Any) -> 
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, 1)
-            raise ValueError(f"{flag} is no option of slicevit {command}" + (f"; near it: {near[0]}" if near else ""))
+            near = ", ".join(difflib.get_close_matches(flag, known, 2))
+            raise ValueError(f"{flag} is no option of slicevit {command}" + (f"; near it: {near}" if near else ""))
     refused = io.StringIO()
     try:
         with contextlib.redirect_stderr(refused):

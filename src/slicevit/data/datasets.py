@@ -6,6 +6,7 @@ Legend of axis names: N images, H height, W width.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import lzma
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,10 @@ from timm.data import create_dataset
 from .clips import clip_source, open_clips
 from .folders import open_labelled, open_unlabelled
 from .image_set import IMAGE_MODES, ImageSet, UnreadableImageError
+from .shards import warn_of_cut_shards
 from .subset import of_classes, take_classes
+
+_logger = logging.getLogger("slicevit")
 
 __all__ = ["BUNDLED", "ImageSet", "StreamSet", "UnreadableImageError", "open_dataset"]
 
@@ -124,6 +128,8 @@ class StreamSet:
         self._length = int(reader.num_samples)
         self.classes: list[str] | None = list(reader.class_to_idx) or None
         self.num_classes = len(reader.class_to_idx)
+        if _timm_prefix(spec) == "wds":
+            warn_of_cut_shards(reader.root, reader.split_info.filenames)
 
     def __len__(self) -> int:
         """How many images the source says it has."""
@@ -143,6 +149,22 @@ class StreamSet:
         dataset.set_loader_cfg(num_workers=workers)
         dataset.set_epoch(epoch)
         return dataset
+
+    def check_complete(self, images: int, max_bad_share: float) -> None:
+        """Compare how many images a whole pass gave, on all ranks, with how many the source says it has.
+
+        A few that are missing are named in a warning of the logger "slicevit". Raises ValueError when they are more
+        than `max_bad_share` of all.
+        """
+        missing = len(self) - images
+        if missing > int(max_bad_share * len(self)):
+            raise ValueError(
+                f"--data {self.spec}: {missing} of the {len(self)} images of its {self.split} split did not come "
+                f"({missing / len(self):.2%}, above the {max_bad_share:.2%} allowed): restore the shards that are "
+                "missing or cut short, correct the number of images in --data, or raise --max-bad-share."
+            )
+        if missing > 0:
+            _logger.warning("%s: %d of its %d %s images did not come", self.spec, missing, len(self), self.split)
 
 
 def open_dataset(

@@ -339,5 +339,5 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     """`values` of an older config.json under today's names: epochs of the full width alone are a share of the run."""
     if "full_width_epochs" not in values:
         return values
-    share = values["full_width_epochs"] / values["epochs"]
+    share = min(values["full_width_epochs"] / values["epochs"], 1 - 1e-9)  # it might be the whole run, or more
     return {name: value for name, value in values.items() if name != "full_width_epochs"} | {"full_width_first": share}

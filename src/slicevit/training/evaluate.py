@@ -8,7 +8,7 @@ from typing import Any
 
 from slicevit.calibration import require_statistics
 from slicevit.checkpoint import from_pretrained, read_config
-from slicevit.data import eval_batches, eval_config, eval_transform, open_dataset
+from slicevit.data import StreamSet, eval_batches, eval_config, eval_transform, open_dataset
 from slicevit.evaluation.results import WidthResult, write_results
 from slicevit.evaluation.widths import asked_width, measure_accuracy, measure_widths_latency, result_rows
 from slicevit.model_card import show_results
@@ -97,5 +97,7 @@ def _rows(
     model.to(pick_device(device))
     batches = eval_batches(dataset, eval_transform(transform), batch_size, workers, max_bad_share)
     scores = measure_accuracy(model, widths, batches, merged=merged)
+    if isinstance(dataset, StreamSet):
+        dataset.check_complete(next(iter(scores.values())).images, max_bad_share)
     latency = measure_widths_latency(model, widths, LATENCY_SECONDS, merged)
     return result_rows(model, scores, latency, transform, training.get("method", "imported"), trained, merged)

@@ -55,7 +55,7 @@ class Keeper:
             rewire_when_due(run, progress)
         if changed:
             main(self.describe)
-        if state is not None and (others := _other_versions(state)):
+        if run.ranks.is_main and state is not None and (others := _other_versions(state)):
             _logger.warning("%s was begun with %s: its end may differ in the last bits", self.folder, others)
         self.metrics = MetricsLog(self.folder, run.figures)
         main(lambda: self.metrics.truncate(run.step))

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from slicevit import checkpoint
-from slicevit.data import Transform, eval_batches, eval_transform
+from slicevit.data import Batch, StreamSet, Transform, eval_batches, eval_transform
 from slicevit.data.transforms import PairTransform
 from slicevit.evaluation.calibrating import BATCH, Source, take_statistics
 from slicevit.evaluation.widths import measure_accuracy, measure_widths_latency, result_rows
@@ -146,7 +146,7 @@ class Run(Trainee):
 
     def _evaluate(self) -> dict[str, Any]:
         """Every width on the test images: its accuracy or, without labels, how near it comes to the teacher."""
-        config, model = self.config, self.evaluated
+        config = self.config
         batches = eval_batches(
             self.val_set,
             eval_transform(self.transform),
@@ -156,9 +156,15 @@ class Run(Trainee):
             rank=self.ranks.index,
             world_size=self.ranks.count,
         )
+        scores = self._scores_on(batches)
+        if isinstance(self.val_set, StreamSet):
+            self.val_set.check_complete(next(iter(scores.values())).images, config.max_bad_share)
+        return scores
+
+    def _scores_on(self, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.distiller is not None:
-            return self.distiller.evaluate(model, self._trained_widths(), batches, self.ranks)
-        return measure_accuracy(model, self._trained_widths(), batches)
+            return self.distiller.evaluate(self.evaluated, self._trained_widths(), batches, self.ranks)
+        return measure_accuracy(self.evaluated, self._trained_widths(), batches)
 
     def _trained_widths(self) -> Sequence[Fraction]:
         """The legal widths, or the full one where no other was trained yet."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slicevit.elastic import ElasticModel
 from slicevit.rewiring import fold_norms, measure_importance, rewire
@@ -55,9 +55,18 @@ def prove_rewiring(run: Trainee) -> None:
     if not run.rewired and not is_due(run):
         kept = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
         size = (2, run.transform.in_chans, *run.transform.img_size)
-        images_BCHW = torch.randn(size, generator=torch.Generator().manual_seed(run.config.seed)).to(run.device)
+        generator = torch.Generator().manual_seed(run.config.seed)
+        images_BCHW = torch.randn(size, generator=generator).to(run.device)
+        _shift_norms(run.model, generator)
         run.ranks.from_main(lambda: _rewire(run, images_BCHW))
         run.model.load_state_dict(kept)
+
+
+def _shift_norms(model: nn.Module, generator: torch.Generator) -> None:
+    """Give every norm a bias that is not zero, as training will."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            module.bias.data.copy_(0.1 * torch.randn(module.bias.shape, generator=generator))
 
 
 def _rewired(run: Trainee, images_BCHW: Tensor, progress: TrainProgress) -> dict[str, Tensor]:

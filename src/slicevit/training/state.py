@@ -29,7 +29,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], command: str = "train")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise ValueError(
-            f"{path} cannot be written ({_reason(error)}): the previous checkpoint is kept; make room and run "
+            f"{path} cannot be written ({_reason(error)}): what was saved before is kept; make room and run "
             f"slicevit {command} --resume {folder}"
         ) from None
 

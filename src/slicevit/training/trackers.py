@@ -60,6 +60,13 @@ def _start(name: TrackerName, folder: Path, step: int) -> GeneralTracker:
         "wandb": {"run_name": "slicevit", "name": folder.name, "id": identity, "resume": "allow", "dir": folder},
         "mlflow": {"experiment_name": "slicevit", "run_name": folder.name},
     }
-    tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
-    tracker.start()
+    try:
+        tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
+        tracker.start()
+    except Exception as error:  # each service has errors of its own
+        raise ValueError(f"--log-with {name} does not start: {_one_line(error)}; mend that or leave it out") from error
     return tracker
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
