@@ -27,6 +27,7 @@ from timm.models._hub import save_config_for_hf
 from slicevit.elastic import ElasticModel, SliceSettings, create_model
 from slicevit.files import replacing
 from slicevit.model_card import model_card
+from slicevit.reasons import one_line
 from slicevit.saved_statistics import STATISTICS, read_statistics, write_statistics
 from slicevit.version import __version__
 
@@ -197,7 +198,7 @@ def from_pretrained(folder_or_id: str | Path, **settings: Any) -> ElasticModel:
     try:
         model.load_state_dict(load_file(weights))
     except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{weights} does not hold this model's weights ({reason})") from None
     model.label_names = config.get("label_names")
     if model.has_batch_norm and (path := _statistics_file(folder_or_id, weights)):

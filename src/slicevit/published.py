@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slicevit.elastic import ElasticModel, create_model
+from slicevit.reasons import one_line
 from slicevit.widths import WidthGrid
 
 PUBLISHED: dict[str, Any] = {"layout": "flat", "isolation": "mirror", "attn_scale": "full", "norm_eps": 1e-5}
@@ -50,7 +51,7 @@ def load_scala_checkpoint(
     try:
         elastic.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ValueError(f"{file} does not hold a {model} ({reason}): name its own model with --model") from None
     return elastic.eval()
 
@@ -67,7 +68,7 @@ def _read(file: Path, weights: str) -> dict[str, Tensor]:
             raise ValueError(
                 f"{file} holds a {foreign[1]}; only tensors and an argparse namespace of plain values are unpickled"
             ) from None
-        raise ValueError(f"{file} cannot be read as a checkpoint ({' '.join(str(error).split())[:160]})") from None
+        raise ValueError(f"{file} cannot be read as a checkpoint ({one_line(error, 160)})") from None
     state = content.get(weights, content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{file} holds no weights under {weights!r}")

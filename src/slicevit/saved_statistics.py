@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slicevit.elastic import ElasticModel
 from slicevit.files import files_digest, replacing
+from slicevit.reasons import one_line
 from slicevit.widths import End
 
 STATISTICS = "statistics.safetensors"
@@ -54,7 +55,7 @@ def read_statistics(model: ElasticModel, path: Path, weights: Path) -> None:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own SafetensorError
-        raise ValueError(f"{path} does not hold a model's statistics ({' '.join(str(error).split())[:160]})") from None
+        raise ValueError(f"{path} does not hold a model's statistics ({one_line(error, 160)})") from None
     if metadata.get("slicing") != _slicing(model) or metadata.get("weights") != files_digest(weights):
         return
     shapes = {name: buffer.shape for name, buffer in model.named_buffers()}

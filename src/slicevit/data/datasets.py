@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
+from slicevit.reasons import one_line
+
 from .clips import clip_source, open_clips
 from .folders import open_labelled, open_unlabelled
 from .image_set import IMAGE_MODES, ImageSet, UnreadableImageError
@@ -253,7 +255,7 @@ def _create_timm(spec: str, split: str, root: str | None, **options: Any) -> Any
         try:
             return create_dataset(name, root=root, split=split_name, **options, **arguments)
         except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+            reasons.append(one_line(error))
     raise ValueError(
         f"--data {spec}: timm could not open its {split} split, tried as {', '.join(tried)}: "
         f"{'; '.join(dict.fromkeys(reasons))}. "

@@ -18,6 +18,7 @@ from slicevit.data.masks import MaskTransformConfig
 from slicevit.dense.mask_transformer import HEAD_WIDTH
 from slicevit.dense.segmenter import Arguments, Decoder, Segmenter, segmenter_family
 from slicevit.elastic import ElasticModel, create_model
+from slicevit.reasons import one_line
 from slicevit.saved_statistics import STATISTICS, read_statistics
 from slicevit.widths import FULL, Width, WidthGrid, parse_fraction
 
@@ -125,7 +126,7 @@ def load(folder: Path, task: str, kind: type[R], build: Callable[[R], ElasticMod
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors raises its own SafetensorError, torch a RuntimeError
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{folder / WEIGHTS} does not hold this {KINDS[task]}'s weights ({reason})") from None
     if model.has_batch_norm and (folder / STATISTICS).exists():
         read_statistics(model, folder / STATISTICS, folder / WEIGHTS)

@@ -21,6 +21,7 @@ from slicevit.export.images import Calibration, Images
 from slicevit.export.opened import Opened, Options
 from slicevit.export.opening import open_model
 from slicevit.export.placing import DISK_FULL, check_free, place, staging
+from slicevit.reasons import one_line
 from slicevit.version import versions
 from slicevit.widths import parse_fraction
 
@@ -108,7 +109,7 @@ def export_widths(
             except Exception as error:  # each exporter raises its own
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = one_line(error, 300)
                 raise ValueError(
                     f"{source.cut.run} at width {source.name} is not exported to {to}: {reason}"
                 ) from error

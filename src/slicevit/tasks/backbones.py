@@ -15,6 +15,7 @@ from slicevit.costs import model_input_size, width_costs
 from slicevit.elastic import ElasticModel
 from slicevit.families import Layout
 from slicevit.files import write_text
+from slicevit.reasons import one_line
 from slicevit.training import setup
 from slicevit.training.config import TrainConfig
 from slicevit.training.methods import SEPARATE, is_separate, part_folder
@@ -105,7 +106,7 @@ def load(backbone: nn.Module, source: ElasticModel, width: Fraction, config: Con
     try:
         backbone.load_state_dict(source.to_timm(width).state_dict())
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise ValueError(f"--init {config.init}: its weights do not fit images of --size ({reason})") from None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slicevit.checkpoint import read_config
 from slicevit.elastic import ElasticModel
+from slicevit.reasons import one_line
 from slicevit.training.config import TrainConfig
 from slicevit.widths import WidthGrid
 
@@ -101,7 +102,7 @@ def load_weights(model: ElasticModel, file: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"--init {file} holds the weights of another model than --model ({reason})") from None
 
 
@@ -121,7 +122,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_state_dict(str(file), use_ema=False, weights_only=True)
     except Exception as error:  # torch, pickle and safetensors raise many kinds for a broken or unsafe file
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"--init {file} is no file of weights ({reason})") from None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from slicevit.reasons import one_line
+
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -55,7 +57,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             raise ValueError("it holds no run's state")
         return state
     except Exception as error:  # torch and zipfile raise many kinds for a broken file
-        raise ValueError(f"{path} is broken ({' '.join(str(error).split())[:120]}): delete it to start again") from None
+        raise ValueError(f"{path} is broken ({one_line(error, 120)}): delete it to start again") from None
 
 
 def claim(folder: Path) -> bool:

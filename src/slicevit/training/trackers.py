@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from slicevit.reasons import one_line
+
 TrackerName: TypeAlias = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -64,9 +66,5 @@ def _start(name: TrackerName, folder: Path, step: int) -> GeneralTracker:
         tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
         tracker.start()
     except Exception as error:  # each service has errors of its own
-        raise ValueError(f"--log-with {name} does not start: {_one_line(error)}; mend that or leave it out") from error
+        raise ValueError(f"--log-with {name} does not start: {one_line(error)}; mend that or leave it out") from error
     return tracker
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slicevit.elastic import ElasticModel
 from slicevit.evaluation.results import ACCURACY_FIGURES
+from slicevit.reasons import one_line
 from slicevit.training import setup
 from slicevit.training.config import TrainConfig
 from slicevit.training.distiller import Distiller
@@ -311,7 +312,7 @@ class Trainee:
             if self.distiller is not None:
                 self.distiller.load_state_dict(state["distiller"])
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error, 160)
             raise ValueError(f"its checkpoint does not fit its config.json ({reason})") from None
         self.monitor.load_state_dict(state["losses"])
         return self.change_grid(self.step - 1)  # the grid of the last step: its epoch may still want its metrics

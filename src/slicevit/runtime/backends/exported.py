@@ -18,6 +18,7 @@ from slicevit.elastic import ElasticModel
 from slicevit.export import onnx_file, openvino_file
 from slicevit.export.artefact import INPUT, OUTPUT, Format
 from slicevit.export.torch_program import traced
+from slicevit.reasons import one_line
 from slicevit.runtime.backends import Backend, Call, Precision, Settings
 
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest logit
@@ -57,7 +58,7 @@ class Exported(Backend):
                 self.format.write(traced(module, size), Path(folder))
                 call = self.open(Path(folder))
         except Exception as error:  # each exporter and runtime raises its own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error, 300)
             raise ValueError(f"engine {self.name} cannot run width {width}: {reason}") from error
         images_BCHW = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from slicevit.reasons import one_line
 from slicevit.runtime.predict.settings import Job
 
 _CONNECT_SECONDS = 5.0
@@ -44,7 +45,7 @@ def connected(address: str) -> Iterator[Any]:
             ray.init(None if named == "auto" else named, **options)
     except Exception as error:
         ray.shutdown()
-        raise ValueError(f"{_flag(address, named)}: no Ray cluster can be joined there ({_line(error)})") from error
+        raise ValueError(f"{_flag(address, named)}: no Ray cluster can be joined there ({one_line(error)})") from error
     try:
         yield ray
     finally:
@@ -81,10 +82,6 @@ def _own_handler() -> Iterator[None]:
 
 def _flag(address: str, named: str) -> str:
     return f"--ray {address}" if address == named else f"--ray with RAY_ADDRESS={named}"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def needs(ray: Any, job: Job) -> dict[str, float]:
