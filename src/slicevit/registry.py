@@ -22,7 +22,6 @@ from slicevit import constructors, skeletons
 from slicevit.architectures import ATTENTION_LAYERS
 from slicevit.elastic import UNBUILDABLE
 from slicevit.families import Family, family_of
-from slicevit.reasons import one_line
 from slicevit.skeletons import build_on_meta
 from slicevit.widths import WidthGrid
 
@@ -123,7 +122,7 @@ def _plan(
 
 
 def _sentence(error: BaseException) -> str:
-    said = one_line(error, 200)
+    said = " ".join(str(error).split())[:200]
     return said or f"timm's own check fails: {traceback.extract_tb(error.__traceback__)[-1].line}"
 
 
