@@ -41,6 +41,7 @@ ROOM_OF = {
     "skeletons": "elastic",
     "subnet": "elastic",
     "merging": "elastic",
+    "aligned": "elastic",
     "compiling": "elastic",
     "model_card": "checkpoint",
     "saved_statistics": "checkpoint",

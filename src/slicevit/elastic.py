@@ -1,7 +1,8 @@
 """`ElasticModel`: one timm model that runs at every width of a grid.
 
 Training puts views of the full parameters into a skeleton for the length of a call; inference binds the views to a
-stock module (`subnet`); extraction copies them (`to_timm`). The forward code is always timm's.
+stock module (`subnet`); extraction copies them (`to_timm`). The forward code is always timm's, but for heads that
+`compile_blocks` pads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from timm.models._input import get_model_args
 from torch import Tensor, nn
 
-from slicevit import compiling, constructors, skeletons, subnet
+from slicevit import aligned, compiling, constructors, skeletons, subnet
 from slicevit.families import AttnScale, Family, Heads, Layout, Scope, family_of
 from slicevit.skeletons import Links, Skeleton, Statistics
 from slicevit.slicing import Plan
@@ -271,7 +272,8 @@ class ElasticModel(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile every repeated block, once a width, at the first call or training step at that width.
 
-        Calls and `backward_at` are compiled; `subnet` and `to_timm` give plain modules. `options` are those of
+        Calls and `backward_at` are compiled, on a CUDA device with the heads of narrower widths padded to a multiple
+        of 8 channels (`slicevit.aligned`); `subnet` and `to_timm` give plain modules. `options` are those of
         torch.compile; a block that does not compile as a whole is an error unless `fullgraph=False` is given.
         """
         self._compile_options = {"fullgraph": True, "dynamic": False} | options
@@ -292,6 +294,8 @@ class ElasticModel(nn.Module):
         with self._lock:
             if legal not in self._skeletons:
                 self._skeletons[legal] = self._build_skeleton(legal)
+                if self._compile_options is not None:
+                    aligned.align_heads(self._skeletons[legal].module)
                 self._compile(self._skeletons[legal].module)
                 skeletons.match_buffers(skeletons.paired_buffers(self._skeletons[legal].module, self._full))
             return self._skeletons[legal]

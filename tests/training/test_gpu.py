@@ -103,3 +103,23 @@ def test_a_run_with_graphs_learns_what_one_without_learns(tmp_path: Path) -> Non
             run.train_step(*batch)
         last[graphs] = {width: float(total) for width, total in run.monitor.sums.items()}
     assert last[True] == pytest.approx(last[False], rel=1e-3)
+
+
+def test_compiled_heads_that_are_padded_learn_what_stock_ones_learn() -> None:
+    """At widths whose heads are no multiple of 8 channels, in bfloat16, against the eager gradients in float32."""
+    torch.manual_seed(0)
+    model = slicevit.create_model("vit_tiny_patch16_224", grid="1/4:1:1/16", img_size=32, depth=2, num_classes=5)
+    model.cuda().train()
+    images = torch.randn(8, 3, 32, 32, device="cuda")
+
+    def gradients(half: bool) -> list[Tensor]:
+        model.zero_grad()
+        for width in ("5/16", "11/16", "15/16"):
+            with model.backward_at(width) as net, torch.autocast("cuda", torch.bfloat16, enabled=half):
+                net(images).float().square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    exact, rounded = gradients(False), gradients(True)
+    model.compile_blocks()
+    for padded, stock, truth in zip(gradients(True), rounded, exact, strict=True):
+        assert (padded - truth).norm() <= 1.5 * (stock - truth).norm() + 1e-3 * truth.norm()
