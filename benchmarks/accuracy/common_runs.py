@@ -130,6 +130,8 @@ def _child(config: TrainConfig | SegmentConfig | DetectConfig, folder: Path) -> 
         sys.exit(stop.exit_status)
     except NotFinite as error:
         write_text(folder / NOT_FINITE, f"{error}\n")
+    except ValueError as error:
+        sys.exit(f"{folder.name}: {error}")
 
 
 def _stop_with_parent() -> None:

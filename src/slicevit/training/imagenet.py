@@ -50,7 +50,7 @@ def deit_small_imagenet() -> TrainConfig:
 
     torchrun --nproc-per-node=8 -m slicevit train --preset deit-small-imagenet --data /path/to/imagenet
 
-    Not run here. By arithmetic (docs/guides/scale.md) 1.8 hours on 8 H100. There is no figure of this method at this
+    Not run here. By arithmetic (docs/guides/scale.md) 1.7 hours on 8 H100. There is no figure of this method at this
     scale: what the paper's reaches stands at the preset deit-small-imagenet-paper.
     """
     return rotated(_deit_small())

@@ -53,7 +53,7 @@ def own_data() -> TrainConfig:
     slicevit train --data FOLDER --model vit_small_patch16_224 --init pretrained
 
     It takes every model, and therefore the method `scala`; for plain ViTs give --method rotated. Time and accuracy are
-    those of the model and the images: 3.4 hours on an H100 for a million images of 224 pixels by the rate that was
+    those of the model and the images: 3.2 hours on an H100 for a million images of 224 pixels by the rate that was
     measured (docs/guides/scale.md), with --amp bf16 --compile --cuda-graphs.
     """
     return TrainConfig(
