@@ -57,13 +57,13 @@ def write_run(
         [
             {
                 "epoch": epoch,
-                "step": 1250 * epoch,
+                "step": 1250 * (epoch + 1),
                 "width": str(width),
-                "train_loss": 6.9 * math.exp(-epoch / 8) + 1.5 + 1.6 * (1 - float(width)),
-                "top1": width_result(width, gain).top1 * (1 - math.exp(-epoch / 5)),
+                "train_loss": 6.9 * math.exp(-(epoch + 1) / 8) + 1.5 + 1.6 * (1 - float(width)),
+                "top1": width_result(width, gain).top1 * (1 - math.exp(-(epoch + 1) / 5)),
                 "lr": 2e-3,
             }
-            for epoch in range(1, epochs + 1)
+            for epoch in range(epochs)
             for width in widths
         ]
     )

@@ -136,7 +136,7 @@ def training_views(run: RunRecord) -> list[dict[str, Any]]:
 
 def _training_line(width: str, look: Mark, index: int, rows: list[dict[str, Any]], column: str) -> go.Scatter:
     return go.Scatter(
-        x=[row["epoch"] for row in rows],
+        x=[row["epoch"] + 1 for row in rows],  # the first is 1, as on the terminal
         y=[row[column] for row in rows],
         name=f"width {_escaped(width)}",
         hovertemplate="%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
