@@ -56,7 +56,7 @@ def _cpu(data: str) -> TrainConfig:
 
 def _gpu(data: str) -> TrainConfig:
     """DeiT-S with patches of 8 on images of 64 pixels, DeiT's augmentation for every row."""
-    return replace(preset("tiny-imagenet-paper"), data=data, grid=X13, eval_every=10_000, save_every=10, workers=0)
+    return replace(preset("tiny-imagenet-paper"), data=data, grid=X13, eval_every=10_000, save_every=10)
 
 
 _MAIN = ("separate", "separate-teacher", "usnet", "usnet-teacher", "autoformer", "matformer", "scala-x13", "scala-x4")

@@ -41,11 +41,10 @@ def attend_in_padded_heads(
     attention: Attention, tokens_BNE: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """What `attention`, one without norms and gate, gives for tokens (B, N, E), its heads padded to a multiple of 8."""
-    heads, head_dim = attention.num_heads, attention.head_dim
-    padded = head_dim + -head_dim % MULTIPLE
+    head_dim = attention.head_dim
     qkv_weight = _pad_rows(attention.qkv.weight, head_dim)
     qkv_bias = None if attention.qkv.bias is None else _pad_rows(attention.qkv.bias[:, None], head_dim)[:, 0]
-    qkv = linear(tokens_BNE, qkv_weight, qkv_bias).unflatten(2, (3, heads, padded))
+    qkv = linear(tokens_BNE, qkv_weight, qkv_bias).unflatten(2, (3, attention.num_heads, -1))
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = scaled_dot_product_attention(
         queries,
